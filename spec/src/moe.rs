@@ -1,0 +1,81 @@
+//! `Moe`: mixture of experts on `h = rms(x, ffn_norm)`: softmax over all experts of `ffn_gate_inp . h`, the
+//! `n_used` largest (ties: lower index), their weights renormalised to sum one (the sum at least 2^-14);
+//! `x += sum_e w_e down_e . (silu(gate_e . h) * (up_e . h)) + sigmoid(gate . h) * shared(h)`.
+
+use crate::Linear;
+
+/// Shape of a mixture-of-experts block.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct MoeShape {
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Routed experts.
+    pub n_experts: usize,
+    /// Experts per token.
+    pub n_used: usize,
+    /// Hidden width of a routed expert.
+    pub n_ff: usize,
+    /// Hidden width of the shared expert; 0 without one.
+    pub n_ff_shared: usize,
+    /// Epsilon of the norm.
+    pub rms_eps: f32,
+}
+
+/// The expert that every token uses.
+#[derive(Clone, Debug)]
+pub struct SharedExpert<W> {
+    /// `[n_embd]` f32: its sigmoid gate, one number per token; absent: factor 1.
+    pub ffn_gate_inp_shexp: Option<W>,
+    /// `[n_ff_shared, n_embd]`.
+    pub ffn_gate_shexp: Linear<W>,
+    /// `[n_ff_shared, n_embd]`.
+    pub ffn_up_shexp: Linear<W>,
+    /// `[n_embd, n_ff_shared]`.
+    pub ffn_down_shexp: Linear<W>,
+}
+
+/// A mixture-of-experts block.
+#[derive(Clone, Debug)]
+pub struct Moe<W> {
+    /// Layer number, as in `blk.{layer}`.
+    pub layer: usize,
+    /// Sizes.
+    pub shape: MoeShape,
+    /// `[n_embd]` f32.
+    pub ffn_norm: W,
+    /// `[n_experts, n_embd]` f32: the router.
+    pub ffn_gate_inp: W,
+    /// `[n_experts * n_ff, n_embd]`, expert after expert.
+    pub ffn_gate_exps: Linear<W>,
+    /// `[n_experts * n_ff, n_embd]`.
+    pub ffn_up_exps: Linear<W>,
+    /// `[n_experts * n_embd, n_ff]`.
+    pub ffn_down_exps: Linear<W>,
+    /// Shared expert (qwen35moe, qwen3next).
+    pub shared: Option<SharedExpert<W>>,
+}
+
+impl<W> Moe<W> {
+    /// The same block with every weight replaced by `f` of it.
+    pub fn try_map<U, E>(&self, f: &mut dyn FnMut(&W) -> Result<U, E>) -> Result<Moe<U>, E> {
+        let shared = match &self.shared {
+            None => None,
+            Some(s) => Some(SharedExpert {
+                ffn_gate_inp_shexp: s.ffn_gate_inp_shexp.as_ref().map(&mut *f).transpose()?,
+                ffn_gate_shexp: s.ffn_gate_shexp.try_map(f)?,
+                ffn_up_shexp: s.ffn_up_shexp.try_map(f)?,
+                ffn_down_shexp: s.ffn_down_shexp.try_map(f)?,
+            }),
+        };
+        Ok(Moe {
+            layer: self.layer,
+            shape: self.shape.clone(),
+            ffn_norm: f(&self.ffn_norm)?,
+            ffn_gate_inp: f(&self.ffn_gate_inp)?,
+            ffn_gate_exps: self.ffn_gate_exps.try_map(f)?,
+            ffn_up_exps: self.ffn_up_exps.try_map(f)?,
+            ffn_down_exps: self.ffn_down_exps.try_map(f)?,
+            shared,
+        })
+    }
+}

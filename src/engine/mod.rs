@@ -1,0 +1,1 @@
+//! The engine: loads a plan's weights and runs its steps; sessions are timelines over it.

@@ -1,0 +1,1 @@
+//! Facts about this machine: memory, processor, GPUs and their measured rates.

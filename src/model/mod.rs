@@ -1,0 +1,1 @@
+//! Architectures: from the metadata and tensors of a file to a list of blocks. One file each.

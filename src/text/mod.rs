@@ -1,0 +1,1 @@
+//! Text: tokenizer, chat template, sampler, and streaming of complete UTF-8.
