@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod batch;
+pub mod decode;
 pub mod delta_net;
 pub mod embed;
 pub mod ffn;

@@ -106,6 +106,40 @@ impl Weight {
         let row_bytes = self.row_bytes();
         self.rows.iter().map(move |r| &bytes[r.start * row_bytes..r.end * row_bytes])
     }
+
+    /// The bytes of row `row` of this weight.
+    ///
+    /// # Panics
+    /// If the weight has no such row.
+    pub fn row<'a>(&self, source: &'a dyn TensorSource, row: usize) -> &'a [u8] {
+        let mut left = row;
+        for range in &self.rows {
+            if left < range.len() {
+                let at = (range.start + left) * self.row_bytes();
+                return &source.bytes(self.tensor)[at..at + self.row_bytes()];
+            }
+            left -= range.len();
+        }
+        panic!("row {row} of {}, which has {}", self.name, self.n_rows());
+    }
+
+    /// Decodes `rows` of this weight into `out` `[rows.len(), n_cols]`.
+    ///
+    /// # Panics
+    /// If the weight lacks some of the rows, or `out` has another length.
+    pub fn decode_rows(&self, source: &dyn TensorSource, rows: Range<usize>, out: &mut [f32]) {
+        assert_eq!(out.len(), rows.len() * self.n_cols, "elements of {} rows of {}", rows.len(), self.name);
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.n_cols)) {
+            self.ty.decode(self.row(source, row), out);
+        }
+    }
+
+    /// Decodes all rows: `[n_rows, n_cols]`.
+    pub fn decode(&self, source: &dyn TensorSource) -> Vec<f32> {
+        let mut out = vec![0.0; self.n_rows() * self.n_cols];
+        self.decode_rows(source, 0..self.n_rows(), &mut out);
+        out
+    }
 }
 
 /// A projection `y = scale * (weight . x) + bias`.
