@@ -17,6 +17,7 @@ pub mod moe;
 pub mod mtp;
 pub mod tensor;
 pub mod tensor_type;
+pub mod testing;
 
 pub use attention::{Attention, AttentionShape, KvDtype, Rope, RopeScaling, RopeStyle};
 pub use batch::{Batch, Sequence};
