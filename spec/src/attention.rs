@@ -1,7 +1,7 @@
 //! `Attention`: `x += attn_output . (softmax(q k^T / sqrt(D)) v [* sigmoid(gate)])` on `rms(x, attn_norm)`,
 //! with optional q/k norms, rotary embedding and a KV cache.
 
-use crate::Linear;
+use crate::{Linear, Matrix, Sequence, math};
 
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -170,5 +170,99 @@ impl<W> Attention<W> {
             rope_freqs: self.rope_freqs.as_ref().map(&mut *f).transpose()?,
             attn_output: self.attn_output.try_map(f)?,
         })
+    }
+}
+
+impl KvDtype {
+    /// `x` as it is read back from a cache of this type.
+    pub fn round(self, x: f64) -> f64 {
+        match self {
+            KvDtype::F32 => f64::from(x as f32),
+            KvDtype::Bf16 => half::bf16::from_f32(x as f32).to_f64(),
+        }
+    }
+}
+
+/// Reference: keys and values of one slot.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionState {
+    /// Keys after norm and rotation `[n_past, n_kv_heads, head_dim]`, as read back from the cache.
+    pub k: Vec<f64>,
+    /// Values `[n_past, n_kv_heads, head_dim]`, as read back from the cache.
+    pub v: Vec<f64>,
+}
+
+impl Rope {
+    /// Reference: rotates the first `n_rot` elements of a head `[head_dim]` to `position`.
+    pub fn rotate(&self, x: &mut [f64], position: usize, divisors: Option<&[f32]>) {
+        let (frequencies, magnitude) = self.frequencies(divisors);
+        for (j, frequency) in frequencies.iter().enumerate() {
+            let (a, b) = match self.style {
+                RopeStyle::Neox => (j, j + self.n_rot / 2),
+                RopeStyle::Adjacent => (2 * j, 2 * j + 1),
+            };
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            let (u, v) = (x[a], x[b]);
+            x[a] = magnitude * (u * cos - v * sin);
+            x[b] = magnitude * (u * sin + v * cos);
+        }
+    }
+}
+
+impl Attention<Matrix> {
+    /// Reference: adds the block's output to `x` `[n_tokens, n_embd]`, whose rows are the runs of
+    /// `sequences` one after the other. A run continues its slot of `states` at its position: rows of the
+    /// cache from there on are forgotten.
+    pub fn reference(&self, x: &mut [f64], sequences: &[Sequence], states: &mut [AttentionState], kv_dtype: KvDtype) {
+        let mut rows = x.chunks_exact_mut(self.shape.n_embd);
+        for run in sequences {
+            let state = &mut states[run.slot];
+            let n_past = run.position * self.shape.n_kv_heads * self.shape.head_dim;
+            assert!(n_past <= state.k.len(), "slot {} has not seen position {}", run.slot, run.position);
+            state.k.truncate(n_past);
+            state.v.truncate(n_past);
+            for (position, x) in (run.position..run.position + run.n_tokens).zip(&mut rows) {
+                let y = self.reference_row(x, position, state, kv_dtype);
+                math::add(x, &y);
+            }
+        }
+    }
+
+    /// The output of one row `x` `[n_embd]` at `position`, before the residual.
+    fn reference_row(&self, x: &[f64], position: usize, state: &mut AttentionState, kv_dtype: KvDtype) -> Vec<f64> {
+        let AttentionShape { n_heads, n_kv_heads, head_dim, gated, rms_eps, ref rope, .. } = self.shape;
+        let divisors = self.rope_freqs.as_ref().map(|d| &d.values[..]);
+        let norm_and_rotate = |x: &[f64], norm: &Option<Matrix>| {
+            let mut x = norm.as_ref().map_or_else(|| x.to_vec(), |w| math::rms_norm(x, w, rms_eps));
+            rope.rotate(&mut x, position, divisors);
+            x
+        };
+        let h = math::rms_norm(x, &self.attn_norm, rms_eps);
+        let q = self.attn_q.apply(&h);
+        for k in self.attn_k.apply(&h).chunks_exact(head_dim) {
+            state.k.extend(norm_and_rotate(k, &self.attn_k_norm).iter().map(|k| kv_dtype.round(*k)));
+        }
+        state.v.extend(self.attn_v.apply(&h).iter().map(|v| kv_dtype.round(*v)));
+
+        let n_kv = n_kv_heads * head_dim;
+        let mut output = Vec::with_capacity(n_heads * head_dim);
+        for (head, q_and_gate) in q.chunks_exact(if gated { 2 * head_dim } else { head_dim }).enumerate() {
+            let q = norm_and_rotate(&q_and_gate[..head_dim], &self.attn_q_norm);
+            let at = head / (n_heads / n_kv_heads) * head_dim;
+            let scale = 1.0 / (head_dim as f64).sqrt();
+            let score = |k: &[f64]| scale * k[at..at + head_dim].iter().zip(&q).map(|(k, q)| k * q).sum::<f64>();
+            let mut p: Vec<f64> = state.k.chunks_exact(n_kv).map(score).collect();
+            math::softmax(&mut p);
+            let mut o = vec![0.0; head_dim];
+            for (p, v) in p.iter().zip(state.v.chunks_exact(n_kv)) {
+                o.iter_mut().zip(&v[at..at + head_dim]).for_each(|(o, v)| *o += p * v);
+            }
+            if gated {
+                let gate = &q_and_gate[head_dim..];
+                o.iter_mut().zip(gate).for_each(|(o, g)| *o *= math::sigmoid(*g));
+            }
+            output.extend(o);
+        }
+        self.attn_output.apply(&output)
     }
 }

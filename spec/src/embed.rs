@@ -1,5 +1,7 @@
 //! `Embed`: token ids to rows of the residual stream.
 
+use crate::Matrix;
+
 /// `x[t] = token_embd[token[t]]`, no scaling.
 #[derive(Clone, Debug)]
 pub struct Embed<W> {
@@ -15,5 +17,12 @@ impl<W> Embed<W> {
     /// The same block with every weight replaced by `f` of it.
     pub fn try_map<U, E>(&self, f: &mut dyn FnMut(&W) -> Result<U, E>) -> Result<Embed<U>, E> {
         Ok(Embed { n_embd: self.n_embd, n_vocab: self.n_vocab, token_embd: f(&self.token_embd)? })
+    }
+}
+
+impl Embed<Matrix> {
+    /// Reference: the rows of `tokens`, `[n_tokens, n_embd]`.
+    pub fn reference(&self, tokens: &[u32]) -> Vec<f64> {
+        tokens.iter().flat_map(|t| self.token_embd.row(*t as usize)).map(|x| f64::from(*x)).collect()
     }
 }

@@ -1,6 +1,6 @@
 //! `Ffn`: `x += ffn_down . (silu(ffn_gate . h) * (ffn_up . h))` on `h = rms(x, ffn_norm)`.
 
-use crate::Linear;
+use crate::{Linear, Matrix, math};
 
 /// Shape of a dense feed-forward block.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -42,4 +42,21 @@ impl<W> Ffn<W> {
             ffn_down: self.ffn_down.try_map(f)?,
         })
     }
+}
+
+impl Ffn<Matrix> {
+    /// Reference: adds the block's output to every row of `x` `[n_tokens, n_embd]`.
+    pub fn reference(&self, x: &mut [f64]) {
+        for x in x.chunks_exact_mut(self.shape.n_embd) {
+            let h = math::rms_norm(x, &self.ffn_norm, self.shape.rms_eps);
+            let y = swiglu(self.ffn_gate.apply(&h), &self.ffn_up.apply(&h));
+            math::add(x, &self.ffn_down.apply(&y));
+        }
+    }
+}
+
+/// `silu(gate) * up`.
+pub(crate) fn swiglu(mut gate: Vec<f64>, up: &[f64]) -> Vec<f64> {
+    gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::silu(*g) * u);
+    gate
 }

@@ -2,7 +2,7 @@
 //! `n_used` largest (ties: lower index), their weights renormalised to sum one (the sum at least 2^-14);
 //! `x += sum_e w_e down_e . (silu(gate_e . h) * (up_e . h)) + sigmoid(gate . h) * shared(h)`.
 
-use crate::Linear;
+use crate::{Linear, Matrix, ffn::swiglu, math};
 
 /// Shape of a mixture-of-experts block.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -77,5 +77,44 @@ impl<W> Moe<W> {
             ffn_down_exps: self.ffn_down_exps.try_map(f)?,
             shared,
         })
+    }
+}
+
+/// Least sum of the chosen weights that they are divided by: the smallest normal half.
+pub const MIN_WEIGHT_SUM: f64 = 6.103515625e-5;
+
+impl Moe<Matrix> {
+    /// The experts (index, weight) of one normed row `h` `[n_embd]`, largest weight first.
+    pub fn route(&self, h: &[f64]) -> Vec<(usize, f64)> {
+        let mut p = self.ffn_gate_inp.product(0..self.shape.n_experts, h);
+        math::softmax(&mut p);
+        let mut order: Vec<usize> = (0..p.len()).collect();
+        order.sort_by(|a, b| p[*b].total_cmp(&p[*a]).then(a.cmp(b)));
+        order.truncate(self.shape.n_used);
+        let sum = order.iter().map(|e| p[*e]).sum::<f64>().max(MIN_WEIGHT_SUM);
+        order.into_iter().map(|e| (e, p[e] / sum)).collect()
+    }
+
+    /// Reference: adds the block's output to every row of `x` `[n_tokens, n_embd]`.
+    pub fn reference(&self, x: &mut [f64]) {
+        let MoeShape { n_embd, n_ff, .. } = self.shape;
+        for x in x.chunks_exact_mut(n_embd) {
+            let h = math::rms_norm(x, &self.ffn_norm, self.shape.rms_eps);
+            for (e, weight) in self.route(&h) {
+                let gate = self.ffn_gate_exps.apply_stacked(e, n_ff, &h);
+                let y = swiglu(gate, &self.ffn_up_exps.apply_stacked(e, n_ff, &h));
+                let y = self.ffn_down_exps.apply_stacked(e, n_embd, &y);
+                x.iter_mut().zip(&y).for_each(|(x, y)| *x += weight * y);
+            }
+            if let Some(shared) = &self.shared {
+                let weight = match &shared.ffn_gate_inp_shexp {
+                    Some(gate) => math::sigmoid(math::dot(&gate.values, &h)),
+                    None => 1.0,
+                };
+                let y = swiglu(shared.ffn_gate_shexp.apply(&h), &shared.ffn_up_shexp.apply(&h));
+                let y = shared.ffn_down_shexp.apply(&y);
+                x.iter_mut().zip(&y).for_each(|(x, y)| *x += weight * y);
+            }
+        }
     }
 }

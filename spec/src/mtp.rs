@@ -2,7 +2,7 @@
 //! attention and a feed-forward block with a KV cache of their own, `m = rms(x, shared_head_norm)`, and the
 //! head. `h` is the trunk's hidden state after `output_norm`.
 
-use crate::{Block, Linear};
+use crate::{AttentionState, Block, Embed, Head, KvDtype, Linear, Matrix, Sequence, math};
 
 /// A multi-token-prediction block.
 #[derive(Clone, Debug)]
@@ -38,5 +38,47 @@ impl<W> Mtp<W> {
             embed_tokens: self.embed_tokens.as_ref().map(&mut *f).transpose()?,
             shared_head_head: self.shared_head_head.as_ref().map(|l| l.try_map(f)).transpose()?,
         })
+    }
+}
+
+impl Mtp<Matrix> {
+    /// Reference: hidden states after the block's head norm `[n_tokens, n_embd]` for rows that pair
+    /// `tokens[t]` with `previous[t]` `[n_embd]`, the hidden state after the trunk's `output_norm` (or this
+    /// block's own result) at the token before it. `run` says which slot of the block's own `states` the rows
+    /// continue and at which row of its cache; rotary positions count those rows.
+    pub fn reference(
+        &self,
+        tokens: &[u32],
+        previous: &[f64],
+        run: &Sequence,
+        trunk: (&Embed<Matrix>, &Head<Matrix>),
+        states: &mut [AttentionState],
+        kv_dtype: KvDtype,
+    ) -> Vec<f64> {
+        let (embed, head) = trunk;
+        let table = self.embed_tokens.as_ref().unwrap_or(&embed.token_embd);
+        let mut x = Vec::with_capacity(previous.len());
+        for (token, previous) in tokens.iter().zip(previous.chunks_exact(embed.n_embd)) {
+            let embedding: Vec<f64> = table.row(*token as usize).iter().map(|x| f64::from(*x)).collect();
+            let mut both = math::rms_norm(&embedding, &self.enorm, head.shape.rms_eps);
+            both.extend(math::rms_norm(previous, &self.hnorm, head.shape.rms_eps));
+            x.extend(self.eh_proj.apply(&both));
+        }
+        for block in &self.blocks {
+            match block {
+                Block::Attention(b) => b.reference(&mut x, std::slice::from_ref(run), states, kv_dtype),
+                Block::Ffn(b) => b.reference(&mut x),
+                Block::Moe(b) => b.reference(&mut x),
+                other => panic!("a {} in a multi-token-prediction block", other.kind()),
+            }
+        }
+        let norm = self.shared_head_norm.as_ref().unwrap_or(&head.output_norm);
+        x.chunks_exact(embed.n_embd).flat_map(|x| math::rms_norm(x, norm, head.shape.rms_eps)).collect()
+    }
+
+    /// Reference: draft logits `[n, n_vocab]` of hidden states `[n, n_embd]`.
+    pub fn reference_logits(&self, hidden: &[f64], head: &Head<Matrix>) -> Vec<f64> {
+        let output = self.shared_head_head.as_ref().unwrap_or(&head.output);
+        hidden.chunks_exact(head.shape.n_embd).flat_map(|h| output.apply(h)).collect()
     }
 }
