@@ -1,6 +1,10 @@
 //! What the tests and benches of every backend share: seeded noise, random valid blocks of every tensor
-//! type, random blocks of a model, poisoned outputs, and errors in which NaN is a
+//! type, random blocks of a model, the table of [`cases`], poisoned outputs, and errors in which NaN is a
 //! failure. Nothing here is used by a run.
+
+mod cases;
+
+pub use cases::{Case, Shape, cases};
 
 use crate::{
     Attention, AttentionShape, DeltaNet, DeltaNetShape, Embed, Ffn, FfnShape, Head, HeadShape, Linear, Moe, MoeShape,
