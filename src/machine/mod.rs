@@ -1,1 +1,95 @@
-//! Facts about this machine: memory, processor, GPUs and their measured rates.
+//! Facts about a machine: memory, processor, GPUs and their measured rates. The planner reads nothing else
+//! about hardware, so a plan can be made for a machine that is not here. This module measures and remembers;
+//! it decides nothing.
+
+mod known;
+mod probe;
+
+pub use known::{known, known_names};
+pub use probe::here;
+
+use serde::{Deserialize, Serialize};
+
+/// A machine as the planner sees it. Memory in bytes, bandwidths in GB/s (10^9 bytes), latencies in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// What a person calls it.
+    pub name: String,
+    /// Processor and main memory.
+    pub host: Host,
+    /// GPUs by CUDA index; empty on a machine without any.
+    pub gpus: Vec<Gpu>,
+    /// Why no GPU can be used and what to install, where there is something to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_note: Option<String>,
+}
+
+/// Processor and main memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Host {
+    /// Model name of the processor.
+    pub cpu: String,
+    /// Kernels it runs: `avx512`, `avx2` or `portable` (see [`tandem_cpu::Isa::name`]).
+    pub isa: String,
+    /// Worker threads that make sense: physical cores, within affinity and the CPU quota of the cgroup.
+    pub threads: usize,
+    /// Main memory, within the limit of the cgroup.
+    pub ram_total: u64,
+    /// Main memory that can be had without swapping.
+    pub ram_available: u64,
+    /// Read bandwidth by number of threads, ascending in `threads`; at least one entry.
+    pub read: Vec<ReadRate>,
+    /// Rates of the kernels, where they were measured on this machine.
+    #[serde(default)]
+    pub kernels: Vec<KernelRate>,
+}
+
+/// Bandwidth of reading main memory with so many threads.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReadRate {
+    /// Threads that read at the same time.
+    pub threads: usize,
+    /// Sum over the threads, GB/s.
+    pub gb_per_s: f64,
+}
+
+/// What the CPU kernels reach on weights of one type, with [`Host::threads`] threads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelRate {
+    /// Tensor type, as ggml writes it.
+    pub ty: tandem_spec::TensorType,
+    /// One token: bytes of weights per second, GB/s.
+    pub decode_gb_per_s: f64,
+    /// Many tokens: operations (two per weight and token) per second, 10^9/s.
+    pub prompt_gflops: f64,
+}
+
+/// A GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gpu {
+    /// Model name.
+    pub name: String,
+    /// Compute capability, major and minor: `[8, 9]`.
+    pub compute_capability: (u32, u32),
+    /// Memory of the card.
+    pub vram_total: u64,
+    /// Memory free after the context exists and the modules are loaded.
+    pub vram_free: u64,
+    /// Device memory bandwidth that a streaming kernel reaches, GB/s.
+    pub bandwidth_gb_per_s: f64,
+    /// Quantised matrix products of a large batch, 10^12 operations per second (two per weight and token).
+    pub matmul_tflops: f64,
+    /// Host to device from pinned memory, GB/s.
+    pub pinned_gb_per_s: f64,
+    /// Host to device from pageable memory, GB/s.
+    pub pageable_gb_per_s: f64,
+    /// One kernel of a replayed graph beside the bytes it moves, microseconds.
+    pub kernel_us: f64,
+    /// Handing one token's activations to the CPU and taking the result back inside a graph, microseconds.
+    pub handoff_us: f64,
+}

@@ -1,10 +1,13 @@
 //! The plan: which block (or which share of it) runs where, and every byte that takes. A pure function of
 //! (model description, machine facts, wishes): no I/O, no clock, no device call.
 
-use tandem_spec::KvDtype;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::ops::Range;
+use tandem_spec::{Block, KvDtype, Model};
 
 /// A place where a block can run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Device {
     /// The CPU workers.
@@ -13,8 +16,44 @@ pub enum Device {
     Cuda(usize),
 }
 
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(i) => write!(f, "cuda{i}"),
+        }
+    }
+}
+
+/// FFN rows are shared between devices in units of this many: a super-block of the K-quants in `ffn_down`.
+pub const FFN_UNIT: usize = 256;
+
+/// The part of a block that one device computes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Who computes it and holds its weights, KV rows and states.
+    pub device: Device,
+    /// Rows of `n_ff` of an FFN, routed experts of a mixture, `0..1` of any other block (see [`n_parts`]).
+    pub part: Range<usize>,
+}
+
+/// Where one block runs. The first share's device is the block's home: it holds the norm, the router and the
+/// shared expert, and the residual stream while the block runs. Its own part may be empty (a mixture whose
+/// routed experts are all elsewhere). The parts are disjoint, ascend, and cover `0..n_parts(block)`, each
+/// device occurs once.
+pub type Place = Vec<Share>;
+
+/// In how many parts a block can be shared: rows of an FFN, routed experts of a mixture, else 1.
+pub fn n_parts<W>(block: &Block<W>) -> usize {
+    match block {
+        Block::Ffn(b) => b.shape.n_ff,
+        Block::Moe(b) => b.shape.n_experts,
+        _ => 1,
+    }
+}
+
 /// What the engine does: it loads exactly this and its step walks exactly this.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Positions per slot.
     pub n_ctx: usize,
@@ -27,5 +66,163 @@ pub struct Plan {
     /// CPU worker threads.
     pub threads: usize,
     /// Where each block of the model runs, by block index.
-    pub places: Vec<Device>,
+    pub places: Vec<Place>,
+}
+
+impl Plan {
+    /// Everything on one device.
+    pub fn whole(
+        model: &Model,
+        device: Device,
+        n_ctx: usize,
+        n_batch: usize,
+        kv_dtype: KvDtype,
+        threads: usize,
+    ) -> Self {
+        let places = model.blocks.iter().map(|b| vec![Share { device, part: 0..n_parts(b) }]).collect();
+        Self { n_ctx, n_slots: 1, n_batch, kv_dtype, threads, places }
+    }
+
+    /// The device that runs all of block `block`, or `None` if the block is shared.
+    pub fn device(&self, block: usize) -> Option<Device> {
+        match &self.places[block][..] {
+            [share] => Some(share.device),
+            _ => None,
+        }
+    }
+
+    /// The part of block `block` that `device` computes, if any.
+    pub fn part(&self, block: usize, device: Device) -> Option<Range<usize>> {
+        self.places[block].iter().find(|s| s.device == device).map(|s| s.part.clone())
+    }
+
+    /// Devices that the plan uses, the CPU first.
+    pub fn devices(&self) -> Vec<Device> {
+        let mut devices: Vec<Device> = self.places.iter().flatten().map(|s| s.device).collect();
+        devices.sort();
+        devices.dedup();
+        devices
+    }
+}
+
+/// The run that a plan is made for: its time is what the planner minimises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workload {
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Tokens generated after it.
+    pub generate: usize,
+}
+
+impl Default for Workload {
+    /// A chat turn: 1024 tokens in, 256 out.
+    fn default() -> Self {
+        Self { prompt: 1024, generate: 256 }
+    }
+}
+
+/// An explicit placement: blocks whose name matches go to a device, wholly or by a share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlaceRule {
+    /// Pattern of block names: see [`PlaceRule::matches`].
+    pub blocks: String,
+    /// Where they go.
+    pub device: Device,
+    /// Share of the rows or experts that goes there, 0 to 1; the rest goes to the CPU. `None`: the whole block.
+    pub share: Option<f64>,
+}
+
+impl PlaceRule {
+    /// Reads `PATTERN=DEVICE` or `PATTERN=DEVICE:PERCENT%`: `blk.(0-9).ffn=cpu`, `blk.*.moe=cuda0:25%`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let expected =
+            "expected PATTERN=DEVICE or PATTERN=DEVICE:PERCENT%, such as blk.(0-9).ffn=cpu or blk.*.moe=cuda0:25%";
+        let (blocks, place) =
+            text.split_once('=').ok_or_else(|| format!("placement `{text}` has no `=`: {expected}"))?;
+        let (device, share) = match place.split_once(':') {
+            None => (place, None),
+            Some((device, percent)) => {
+                let percent: f64 = percent
+                    .strip_suffix('%')
+                    .and_then(|p| p.parse().ok())
+                    .filter(|p| (0.0..=100.0).contains(p))
+                    .ok_or_else(|| format!("placement `{text}`: share `{percent}` is no percentage from 0% to 100%"))?;
+                (device, Some(percent / 100.0))
+            }
+        };
+        let device =
+            match device {
+                "cpu" => Device::Cpu,
+                "cuda" => Device::Cuda(0),
+                other => Device::Cuda(other.strip_prefix("cuda").and_then(|i| i.parse().ok()).ok_or_else(|| {
+                    format!("placement `{text}`: device `{other}` is none of cpu, cuda0, cuda1, ...")
+                })?),
+            };
+        if blocks.is_empty() {
+            return Err(format!("placement `{text}` names no block: {expected}"));
+        }
+        Ok(Self { blocks: blocks.into(), device, share })
+    }
+
+    /// Whether the rule is about block `name`. The pattern is compared part by part between dots, and may be
+    /// shorter than the name (`blk.3` is the whole layer). A part is literal, `*`, or a list of numbers and
+    /// ranges in parentheses: `(0-9,63)`.
+    pub fn matches(&self, name: &str) -> bool {
+        let mut parts = name.split('.');
+        self.blocks.split('.').all(|pattern| {
+            let Some(part) = parts.next() else { return false };
+            let Some(list) = pattern.strip_prefix('(').and_then(|p| p.strip_suffix(')')) else {
+                return pattern == "*" || pattern == part;
+            };
+            let Ok(number) = part.parse::<usize>() else { return false };
+            list.split(',').any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                matches!((first.parse(), last.parse()), (Ok(a), Ok(b)) if (a..=b).contains(&number))
+            })
+        })
+    }
+}
+
+/// What the user asks for; everything else is the planner's choice.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Wishes {
+    /// Memory to use at most, per GPU by index, bytes; GPUs beyond the list are free to use, 0 leaves one out.
+    /// Empty: what is free.
+    pub vram: Vec<u64>,
+    /// Main memory to use at most, bytes.
+    pub ram: Option<u64>,
+    /// Positions per slot.
+    pub n_ctx: Option<usize>,
+    /// Sequences with a state at the same time.
+    pub n_slots: usize,
+    /// Tokens of the largest batch.
+    pub n_batch: Option<usize>,
+    /// How keys and values are stored.
+    pub kv_dtype: Option<KvDtype>,
+    /// CPU worker threads.
+    pub threads: Option<usize>,
+    /// The run to plan for.
+    pub workload: Workload,
+    /// Placements, later ones win.
+    pub place: Vec<PlaceRule>,
+    /// The last so many layers go wholly to the GPU and the others to the CPU; the head counts as the last
+    /// layer (as in llama.cpp).
+    pub gpu_layers: Option<usize>,
+}
+
+impl Default for Wishes {
+    fn default() -> Self {
+        Self {
+            vram: Vec::new(),
+            ram: None,
+            n_ctx: None,
+            n_slots: 1,
+            n_batch: None,
+            kv_dtype: None,
+            threads: None,
+            workload: Workload::default(),
+            place: Vec::new(),
+            gpu_layers: None,
+        }
+    }
 }
