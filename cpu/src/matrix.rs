@@ -1,0 +1,257 @@
+//! Weight matrices for the CPU: packed once at load into row panels, multiplied with [`Activations`].
+//!
+//! A panel holds `R` rows ([`panel_rows`]) of one matrix, block column after block column: for each block the
+//! fields of the file's block in the order of [`fields`], each field transposed so that the same unit (1, 2 or
+//! 4 bytes) of all `R` rows lies together. Nothing is re-encoded, so a panel has the bytes of its rows (the
+//! last panel is padded with zero rows), and one vector of `4 * R` bytes holds 4 consecutive codes of `R` rows: what
+//! the integer dot-product instructions of every instruction set take. Rows become lanes, and no kernel
+//! adds across lanes.
+
+mod float;
+mod iq4;
+mod kernel;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_k;
+mod q6_k;
+mod q8_0;
+mod simd;
+#[cfg(test)]
+mod tests;
+
+use crate::{Activations, Isa};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+use tandem_spec::{TensorSource, TensorType, Weight};
+
+/// Rows of a panel.
+pub fn panel_rows(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 8,
+        Isa::Avx2 | Isa::Portable => 8,
+    }
+}
+
+/// A field of a block: where it lies in the file's block, and the unit in which rows are interleaved.
+struct Field {
+    offset: usize,
+    len: usize,
+    unit: usize,
+}
+
+const fn field(offset: usize, len: usize, unit: usize) -> Field {
+    Field { offset, len, unit }
+}
+
+/// Fields of a block in packed order: scales first, then codes. A float is a block of its own.
+fn fields(ty: TensorType) -> &'static [Field] {
+    use TensorType::*;
+    const { assert!(cfg!(target_endian = "little"), "packed layouts are little-endian, like the file") };
+    match ty {
+        F32 => const { &[field(0, 4, 4)] },
+        F16 | BF16 => const { &[field(0, 2, 2)] },
+        Q4_0 | IQ4_NL => const { &[field(0, 2, 2), field(2, 16, 4)] },
+        Q4_1 => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 16, 4)] },
+        Q5_0 => const { &[field(0, 2, 2), field(2, 4, 4), field(6, 16, 4)] },
+        Q5_1 => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 4, 4), field(8, 16, 4)] },
+        Q8_0 => const { &[field(0, 2, 2), field(2, 32, 4)] },
+        Q2_K => const { &[field(80, 2, 2), field(82, 2, 2), field(0, 16, 1), field(16, 64, 4)] },
+        Q3_K => const { &[field(108, 2, 2), field(96, 12, 1), field(0, 32, 4), field(32, 64, 4)] },
+        Q4_K => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 12, 1), field(16, 128, 4)] },
+        Q5_K => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 12, 1), field(16, 32, 4), field(48, 128, 4)] },
+        Q6_K => const { &[field(208, 2, 2), field(192, 16, 1), field(128, 64, 4), field(0, 128, 4)] },
+        IQ4_XS => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 4, 1), field(8, 128, 4)] },
+        MXFP4 => const { &[field(0, 1, 1), field(1, 16, 4)] },
+        _ => panic!("no CPU layout for tensor type {ty}: the model reader refuses it"),
+    }
+}
+
+/// 64 bytes that begin a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A weight matrix `[n_rows, n_cols]`, packed for one instruction set.
+pub struct Matrix {
+    isa: Isa,
+    ty: TensorType,
+    n_rows: usize,
+    n_cols: usize,
+    /// `[n_panels, n_blocks, block_bytes, R]` in the order of [`fields`], then padding to a cache line.
+    data: Box<[Line]>,
+}
+
+impl Matrix {
+    /// Packs all rows of `weight`.
+    pub fn pack(weight: &Weight, source: &dyn TensorSource, isa: Isa) -> Self {
+        Self::pack_rows(weight, 0..weight.n_rows(), source, isa)
+    }
+
+    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool.
+    pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Self {
+        assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
+        assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());
+        let (row_bytes, bytes) = (weight.row_bytes(), source.bytes(weight.tensor));
+        let row_of = |row: usize| {
+            let mut left = row;
+            let range = weight.rows.iter().find(|r| {
+                if left < r.len() {
+                    true
+                } else {
+                    left -= r.len();
+                    false
+                }
+            });
+            let start = (range.expect("row within the weight").start + left) * row_bytes;
+            &bytes[start..start + row_bytes]
+        };
+        let n_bytes = Self::packed_bytes(rows.len(), weight.n_cols, weight.ty, isa);
+        let mut data = vec![Line([0; 64]); n_bytes / 64].into_boxed_slice();
+        let panel_rows = panel_rows(isa);
+        // SAFETY: lines are plain bytes without padding.
+        let out = unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast::<u8>(), n_bytes) };
+        out.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
+            |(panel, out)| {
+                for lane in 0..panel_rows {
+                    let row = rows.start + panel * panel_rows + lane;
+                    if row < rows.end {
+                        pack_row(weight.ty, row_of(row), lane, panel_rows, out);
+                    }
+                }
+            },
+        );
+        Self { isa, ty: weight.ty, n_rows: rows.len(), n_cols: weight.n_cols, data }
+    }
+
+    /// Bytes that a packed matrix takes.
+    pub fn packed_bytes(n_rows: usize, n_cols: usize, ty: TensorType, isa: Isa) -> usize {
+        let row_bytes = ty.row_bytes(n_cols).expect("rows are whole blocks: checked when the file was read");
+        (n_rows.next_multiple_of(panel_rows(isa)) * row_bytes).next_multiple_of(64)
+    }
+
+    /// Rows.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Columns.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// Tensor type.
+    pub fn ty(&self) -> TensorType {
+        self.ty
+    }
+
+    /// Rows of a panel; the last panel may hold fewer.
+    pub fn panel_rows(&self) -> usize {
+        panel_rows(self.isa)
+    }
+
+    /// Panels.
+    pub fn n_panels(&self) -> usize {
+        self.n_rows.div_ceil(self.panel_rows())
+    }
+
+    /// Bytes allocated: [`Matrix::packed_bytes`] of its shape.
+    pub fn n_bytes(&self) -> usize {
+        size_of_val(&*self.data)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: lines are plain bytes without padding.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.n_bytes()) }
+    }
+
+    /// Decodes row `row` into `out` `[n_cols]`, exactly as the file's type says.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.n_rows && out.len() == self.n_cols, "row {row} of {}, {} columns", self.n_rows, out.len());
+        let (panel_rows, geometry) = (self.panel_rows(), self.ty.row());
+        let (panel, lane) = (row / panel_rows, row % panel_rows);
+        let panel_bytes = panel_rows * self.n_cols / geometry.block_len * geometry.block_bytes;
+        let blocks = self.bytes()[panel * panel_bytes..][..panel_bytes].chunks_exact(panel_rows * geometry.block_bytes);
+        let mut block = [0u8; 256];
+        let block = &mut block[..geometry.block_bytes];
+        for (packed, out) in blocks.zip(out.chunks_exact_mut(geometry.block_len)) {
+            let mut at = 0;
+            for f in fields(self.ty) {
+                for i in (0..f.len).step_by(f.unit) {
+                    let from = at + i * panel_rows + lane * f.unit;
+                    block[f.offset + i..][..f.unit].copy_from_slice(&packed[from..][..f.unit]);
+                }
+                at += f.len * panel_rows;
+            }
+            self.ty.decode(block, out);
+        }
+    }
+
+    /// `out[t][r] = sum_c self[r][c] * x[t][c]` for all rows `r` of `panels` and all rows `t` of `x`.
+    /// Several threads may multiply different panels into the same `out` at the same time.
+    pub fn mul(&self, panels: Range<usize>, x: &Activations, out: &OutRows) {
+        assert_eq!(x.n_cols(), self.n_cols, "columns of the activations and of the matrix");
+        assert!(panels.end <= self.n_panels(), "panels {panels:?} of {}", self.n_panels());
+        assert!(
+            out.n_cols >= self.n_rows && out.n_rows >= x.n_rows(),
+            "output [{}, {}] is too small",
+            out.n_rows,
+            out.n_cols
+        );
+        if panels.is_empty() || x.n_rows() == 0 {
+            return;
+        }
+        kernel::mul(self, panels, x, out);
+    }
+}
+
+/// Interleaves one row into lane `lane` of a panel.
+fn pack_row(ty: TensorType, row: &[u8], lane: usize, panel_rows: usize, out: &mut [u8]) {
+    let block_bytes = ty.row().block_bytes;
+    for (block, out) in row.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_bytes * panel_rows)) {
+        let mut at = 0;
+        for f in fields(ty) {
+            let (from, to) = (&block[f.offset..][..f.len], &mut out[at..][..f.len * panel_rows]);
+            match f.unit {
+                4 => interleave::<4>(from, to, lane, panel_rows),
+                2 => interleave::<2>(from, to, lane, panel_rows),
+                _ => interleave::<1>(from, to, lane, panel_rows),
+            }
+            at += f.len * panel_rows;
+        }
+    }
+}
+
+fn interleave<const UNIT: usize>(from: &[u8], to: &mut [u8], lane: usize, panel_rows: usize) {
+    let to = to.as_chunks_mut::<UNIT>().0;
+    for (unit, to) in from.as_chunks::<UNIT>().0.iter().zip(to.chunks_exact_mut(panel_rows)) {
+        to[lane] = *unit;
+    }
+}
+
+/// Where products go: rows `[n_rows, n_cols]` f32, `stride` elements apart.
+pub struct OutRows<'a> {
+    ptr: *mut f32,
+    stride: usize,
+    n_rows: usize,
+    n_cols: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `OutRows::new` makes its caller promise that threads write disjoint columns.
+unsafe impl Sync for OutRows<'_> {}
+// SAFETY: as above.
+unsafe impl Send for OutRows<'_> {}
+
+impl<'a> OutRows<'a> {
+    /// Rows of `n_cols` elements, `stride` elements apart, starting at `ptr`.
+    ///
+    /// # Safety
+    /// The rows are valid for writes during `'a`; threads that use it (or copies of it) at the same time multiply
+    /// disjoint panels into it, and nobody reads a panel's columns before its product is complete.
+    pub unsafe fn new(ptr: *mut f32, stride: usize, n_rows: usize, n_cols: usize) -> Self {
+        assert!(stride >= n_cols, "rows overlap");
+        Self { ptr, stride, n_rows, n_cols, lifetime: PhantomData }
+    }
+}

@@ -1,0 +1,87 @@
+//! The vector operations that the kernels are written in, one implementation per instruction set. Types know their layout,
+//! instruction sets know their registers, and the two meet only in this trait.
+
+pub(super) mod portable;
+
+use crate::activations::Block;
+
+/// Most lanes of any instruction set.
+pub(super) const MAX_LANES: usize = 16;
+
+/// Vectors of `LANES` rows. A `V` holds four bytes of each row: four codes, or one 32-bit integer.
+///
+/// # Safety
+/// Every method needs the instruction set that implements it; pointers must be valid for the bytes named. The
+/// methods carry `inline(always)` and no feature attribute, so that they compile to single instructions inside the
+/// kernels, which do carry it.
+pub(super) trait Simd: Copy {
+    /// Rows of a panel.
+    const LANES: usize;
+    /// `[LANES, 4]` bytes.
+    type V: Copy;
+    /// `[LANES]` f32.
+    type F: Copy;
+    /// Integer scales `[LANES, 2]` of the two halves of 32 columns.
+    type Halves: Copy;
+
+    /// Loads `4 * LANES` bytes.
+    unsafe fn load(p: *const u8) -> Self::V;
+    /// Stores `4 * LANES` bytes.
+    unsafe fn store(p: *mut u8, v: Self::V);
+    /// Loads `LANES` bytes, one into each 32-bit lane, zero-extended.
+    unsafe fn load_u8(p: *const u8) -> Self::V;
+    /// Loads `LANES` 16-bit integers, one into each 32-bit lane, zero-extended.
+    unsafe fn load_u16(p: *const u8) -> Self::V;
+    /// The same byte everywhere.
+    unsafe fn splat_u8(x: u8) -> Self::V;
+    /// The same 32-bit integer in each lane.
+    unsafe fn splat_i32(x: i32) -> Self::V;
+    unsafe fn and(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn or(a: Self::V, b: Self::V) -> Self::V;
+    /// Shifts 16-bit units right by `n`; what crosses a byte is the caller's to mask.
+    unsafe fn shr16(a: Self::V, n: u32) -> Self::V;
+    /// Shifts 16-bit units left by `n`.
+    unsafe fn shl16(a: Self::V, n: u32) -> Self::V;
+    unsafe fn sub_u8(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub_i32(a: Self::V, b: Self::V) -> Self::V;
+    /// Bytes of `table`, by the bytes of `index` (0 to 15).
+    unsafe fn lookup(table: &[i8; 16], index: Self::V) -> Self::V;
+    /// Bytes `0x10` where bit `4 * group + j` of a lane's 32 bits is set (j the byte in the lane), else 0.
+    unsafe fn fifth_bits(bits: Self::V, group: usize) -> Self::V;
+    /// 32-bit integers to f32.
+    unsafe fn to_f32(v: Self::V) -> Self::F;
+    /// `2^(v - 128)` of integers 0 to 255.
+    unsafe fn exp2_minus_128(v: Self::V) -> Self::F;
+
+    unsafe fn zero() -> Self::F;
+    unsafe fn splat(x: f32) -> Self::F;
+    /// Loads `LANES` f32.
+    unsafe fn load_f32(p: *const u8) -> Self::F;
+    /// Loads `LANES` halves.
+    unsafe fn load_f16(p: *const u8) -> Self::F;
+    /// Loads `LANES` bfloat16.
+    unsafe fn load_bf16(p: *const u8) -> Self::F;
+    /// Stores `LANES` f32.
+    unsafe fn store_f32(p: *mut f32, v: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+
+    /// Scales `[LANES]` i8 at `a` for columns 0..16 and at `b` for columns 16..32.
+    unsafe fn halves(a: *const i8, b: *const i8) -> Self::Halves;
+
+    /// `sum_i w[i] * x.codes[i]` of unsigned codes of at most `BITS` <= 6 bits.
+    unsafe fn dot<const BITS: u32>(w: &[Self::V; 8], x: *const Block) -> Self::F;
+    /// The same of signed 8-bit codes.
+    unsafe fn dot_signed(w: &[Self::V; 8], x: *const Block) -> Self::F;
+    /// `scales[0] * sum_{i < 16} (w[i] - OFFSET) * x.codes[i] + scales[1] * sum_{i >= 16} (w[i] - OFFSET) * x.codes[i]` of
+    /// unsigned codes of at most `BITS` <= 6 bits.
+    unsafe fn dot_halves<const BITS: u32, const OFFSET: i32>(
+        w: &[Self::V; 8],
+        scales: Self::Halves,
+        x: *const Block,
+    ) -> Self::F;
+    /// `scales[0] * x.half_sums[0] + scales[1] * x.half_sums[1]`.
+    unsafe fn dot_half_sums(scales: Self::Halves, x: *const Block) -> Self::F;
+}

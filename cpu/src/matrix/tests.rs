@@ -1,0 +1,190 @@
+//! Every supported type on every instruction set of this processor against exact decodes with sums in f64.
+
+use super::*;
+use crate::activations::{BLOCK_LEN, Forms};
+use tandem_spec::tensor_type::TYPES;
+use tandem_spec::testing::{Buffers, Poisoned, Rng, random_blocks};
+
+fn isas() -> impl Iterator<Item = Isa> {
+    [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available())
+}
+
+fn types() -> impl Iterator<Item = TensorType> {
+    TYPES.iter().map(|row| row.ty).filter(|ty| ty.is_supported())
+}
+
+const FORMS: Forms = Forms { floats: true, codes: true };
+
+/// `x` `[n_rows, n_cols]` as activations, and what the codes stand for.
+fn activations(x: &[f32], n_cols: usize) -> (Activations, Vec<f64>) {
+    let codes = n_cols.is_multiple_of(BLOCK_LEN);
+    let mut activations = Activations::new(x.len(), Forms { codes, ..FORMS });
+    let n_rows = x.len() / n_cols;
+    activations.reshape(n_rows, n_cols);
+    for (row, values) in x.chunks(n_cols).enumerate() {
+        // SAFETY: one thread.
+        unsafe { activations.write(row, 0, values) };
+    }
+    if !codes {
+        return (activations, Vec::new());
+    }
+    let blocks: Vec<_> = (0..x.len() / BLOCK_LEN)
+        // SAFETY: `n_cols / 32 * n_rows` blocks were written.
+        .map(|i| unsafe { *activations.blocks().add(i) })
+        .collect();
+    let rounded = (0..x.len()).map(|i| {
+        let (row, col) = (i / n_cols, i % n_cols);
+        let block = &blocks[col / BLOCK_LEN * n_rows + row];
+        f64::from(block.scale) * f64::from(block.codes[col % BLOCK_LEN])
+    });
+    (activations, rounded.collect())
+}
+
+fn product(w: &[f32], x: &[f64], n_cols: usize) -> Vec<f64> {
+    let dot = |w: &[f32], x: &[f64]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+    x.chunks(n_cols).flat_map(|x| w.chunks(n_cols).map(move |w| dot(w, x))).collect()
+}
+
+fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize) {
+    let mut rng = Rng::new((n_rows * 1_000_000 + n_cols * 1000 + n_tokens) as u64);
+    let mut source = Buffers::default();
+    let bytes = random_blocks(ty, n_rows * n_cols, 1.0, &mut rng);
+    let mut w = vec![f32::NAN; n_rows * n_cols];
+    ty.decode(&bytes, &mut w);
+    let weight = source.add("w", ty, &[n_cols, n_rows], bytes);
+    let matrix = Matrix::pack(&weight, &source, isa);
+    assert_eq!(matrix.n_bytes(), Matrix::packed_bytes(n_rows, n_cols, ty, isa));
+
+    let mut decoded = vec![f32::NAN; n_cols];
+    for (row, w) in w.chunks(n_cols).enumerate() {
+        matrix.decode_row(row, &mut decoded);
+        assert!(decoded.iter().zip(w).all(|(a, b)| a.to_bits() == b.to_bits()), "{ty} {isa:?}: row {row}");
+    }
+
+    // Blocks of very different magnitudes, so that a wrong scale shows.
+    let mut x = rng.normals(n_tokens * n_cols, 1.0);
+    x.chunks_mut(BLOCK_LEN.min(n_cols)).for_each(|x| {
+        let factor = rng.uniform(-3.0, 3.0).exp2() as f32;
+        x.iter_mut().for_each(|x| *x *= factor);
+    });
+    let (activations, rounded) = activations(&x, n_cols);
+    let mut out = Poisoned::new(n_tokens * n_rows);
+    // SAFETY: the output is a buffer of this thread.
+    let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), n_rows, n_tokens, n_rows) };
+    let middle = matrix.n_panels() / 2;
+    matrix.mul(middle..matrix.n_panels(), &activations, &rows);
+    matrix.mul(0..middle, &activations, &rows);
+
+    let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+    let got = out.checked();
+    // Root mean square of the error over that of the products' expected size, which no cancellation makes small.
+    let error = |x: &[f64]| {
+        let (squares, x2): (Vec<f32>, Vec<f64>) =
+            (w.iter().map(|w| w * w).collect(), x.iter().map(|x| x * x).collect());
+        let norm: f64 = product(&squares, &x2, n_cols).iter().sum();
+        let error: f64 = got.iter().zip(product(&w, x, n_cols)).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
+        if error.is_finite() { (error / norm).sqrt() } else { f64::INFINITY }
+    };
+    let case = format!("{ty} on {isa:?}, [{n_rows}, {n_cols}] x {n_tokens}");
+    if ty.is_quantised() {
+        let (rounding, kernel) = (error(&exact), error(&rounded));
+        assert!(kernel < 1e-5, "{case}: error {kernel:e} against the rounded activations");
+        assert!(rounding < 0.05, "{case}: error {rounding:e} against the activations");
+    } else {
+        let error = error(&exact);
+        assert!(error < 1e-5, "{case}: error {error:e}");
+    }
+}
+
+#[test]
+fn products_match_the_exact_decode() {
+    for isa in isas() {
+        for ty in types() {
+            let block = ty.row().block_len;
+            let cols: &[usize] = if block == 1 { &[1, 3, 33, 130] } else { &[1, 2, 5] };
+            for n_cols in cols.iter().map(|n| n * block) {
+                for n_tokens in [1, 2, 3, 4, 5, 8, 9, 31, 67] {
+                    check(ty, isa, 37, n_cols, n_tokens);
+                }
+                for n_rows in [1, 4, 7, 8, 16, 17, 48] {
+                    check(ty, isa, n_rows, n_cols, 1);
+                    check(ty, isa, n_rows, n_cols, 6);
+                }
+            }
+            check(ty, isa, 67, 1024, 1);
+            check(ty, isa, 67, 3584, 13);
+        }
+    }
+}
+
+/// Extreme codes and activations of one sign: the largest sums that 16-bit accumulators meet.
+#[test]
+fn extreme_codes_do_not_saturate() {
+    for isa in isas() {
+        for ty in types().filter(|ty| ty.is_quantised()) {
+            let geometry = ty.row();
+            for fill in [0x00, 0x0f, 0x7f, 0x80, 0xf0, 0xff] {
+                let n_cols = 256;
+                let mut bytes = vec![fill; 8 * ty.row_bytes(n_cols).expect("whole blocks")];
+                let noise = random_blocks(ty, 8 * n_cols, 1.0, &mut Rng::new(3));
+                for (block, noise) in bytes.chunks_mut(geometry.block_bytes).zip(noise.chunks(geometry.block_bytes)) {
+                    // Scales of two or one bytes lead the fields of every type; they stay finite.
+                    for f in fields(ty).iter().filter(|f| f.len <= 2) {
+                        block[f.offset..f.offset + f.len].copy_from_slice(&noise[f.offset..f.offset + f.len]);
+                    }
+                }
+                let mut w = vec![f32::NAN; 8 * n_cols];
+                ty.decode(&bytes, &mut w);
+                let mut source = Buffers::default();
+                let weight = source.add("w", ty, &[n_cols, 8], bytes);
+                let matrix = Matrix::pack(&weight, &source, isa);
+                let x: Vec<f32> = (0..3 * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols]).collect();
+                let (activations, rounded) = activations(&x, n_cols);
+                let mut out = Poisoned::new(3 * 8);
+                // SAFETY: the output is a buffer of this thread.
+                let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, 3, 8) };
+                matrix.mul(0..matrix.n_panels(), &activations, &rows);
+                let want = product(&w, &rounded, n_cols);
+                // Relative to the sum of magnitudes: scale and minimum may cancel.
+                let magnitude: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
+                for (got, want) in out.checked().iter().zip(&want) {
+                    let error = (f64::from(*got) - want).abs();
+                    assert!(error <= 1e-5 * magnitude, "{ty} on {isa:?}, fill {fill:#x}: {got} for {want}");
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a weight that is cut out of a larger tensor, and rows cut out of that weight.
+#[test]
+fn packs_row_ranges_in_order() {
+    let (n_cols, mut rng, mut source) = (256, Rng::new(5), Buffers::default());
+    let bytes = random_blocks(TensorType::Q4_K, 50 * n_cols, 1.0, &mut rng);
+    let mut w = vec![f32::NAN; 50 * n_cols];
+    TensorType::Q4_K.decode(&bytes, &mut w);
+    let weight = source.add("w", TensorType::Q4_K, &[n_cols, 50], bytes).with_rows([40..50, 3..30]);
+    for isa in isas() {
+        let matrix = Matrix::pack_rows(&weight, 5..25, &source, isa);
+        let mut row = vec![f32::NAN; n_cols];
+        for i in 0..20 {
+            matrix.decode_row(i, &mut row);
+            let from = if i < 5 { 45 + i } else { i - 2 };
+            assert_eq!(row, w[from * n_cols..(from + 1) * n_cols], "row {i}");
+        }
+    }
+}
+
+#[test]
+fn rounding_of_activations() {
+    let zeros = crate::activations::Block::quantise(&[0.0; BLOCK_LEN]);
+    assert_eq!((zeros.scale, zeros.sum, zeros.codes), (0.0, 0.0, [0; BLOCK_LEN]));
+    let mut x = [0.0f32; BLOCK_LEN];
+    (x[0], x[1], x[2], x[16]) = (-12.7, 0.25, 0.349, 12.7);
+    let block = crate::activations::Block::quantise(&x);
+    assert_eq!(block.codes[..3], [-127, 2, 3], "nearest, ties to even");
+    assert_eq!(block.half_sums, [-122, 127]);
+    // Smaller than any normal number times 127: must not become NaN.
+    let tiny = crate::activations::Block::quantise(&[1e-44; BLOCK_LEN]);
+    assert!(tiny.scale.is_finite() && tiny.sum.is_finite());
+}
