@@ -1,0 +1,63 @@
+//! How tensors lie in device memory: the bytes of the file, lossless and as many, sorted into planes so that a
+//! lane loads 16 aligned bytes. Pure functions, for the planner too.
+//!
+//! A tensor of `n` blocks (rows one after the other, whole blocks each) is the concatenation of its type's
+//! planes, each `n` times the plane's bytes per block. Within a block, elements are handled in units of 32:
+//!
+//! - `low4`, 16 bytes a unit: byte `j` holds element `j` in its low and element `j + 16` in its high nibble.
+//! - `low2`, 8 bytes a unit: byte `4 h + b`, bits `2 w..2 w + 2` hold element `16 h + 4 w + b`.
+//! - `high1`, 4 bytes a unit: byte `b`, bit `w` holds element `4 w + b`.
+//! - Q8_0: the first 16 codes of every block, then the last 16 of every block.
+//! - scales: as in the file, but Q4_K/Q5_K scales become eight bytes `sc | (mn & 3) << 6`, then eight nibbles
+//!   `mn >> 2` (even sub-block low), after d and dmin; Q3_K scales become eight bytes of the low nibbles of
+//!   scales `2 u` (low) and `2 u + 1` (high), then eight nibbles `hi2(2 u) | hi2(2 u + 1) << 2`.
+
+use tandem_spec::{TensorType, Weight};
+
+/// Bytes per block of each plane, in order; they add up to the bytes of the block in the file.
+///
+/// # Panics
+/// For a type that the backends do not multiply with.
+pub const fn planes(ty: TensorType) -> &'static [usize] {
+    use TensorType::*;
+    match ty {
+        F32 => &[4],
+        F16 | BF16 => &[2],
+        Q4_0 | IQ4_NL => &[16, 2],
+        Q4_1 => &[16, 4],
+        Q5_0 => &[16, 4, 2],
+        Q5_1 => &[16, 4, 4],
+        Q8_0 => &[16, 16, 2],
+        Q2_K => &[64, 16, 4],
+        Q3_K => &[64, 32, 12, 2],
+        Q4_K => &[128, 16],
+        Q5_K => &[128, 32, 16],
+        Q6_K => &[128, 64, 16, 2],
+        IQ4_XS => &[128, 8],
+        MXFP4 => &[16, 1],
+        _ => panic!("not a type that the backends multiply with"),
+    }
+}
+
+/// Bytes of a weight on the device: those of the file. Ranges in an arena start at multiples of
+/// [`crate::arena::ALIGN`].
+pub fn bytes(n_rows: usize, n_cols: usize, ty: TensorType) -> usize {
+    n_rows * ty.row_bytes(n_cols).expect("rows are whole blocks: checked when the file was read")
+}
+
+/// As [`bytes`].
+pub fn weight_bytes(weight: &Weight) -> usize {
+    bytes(weight.n_rows(), weight.n_cols, weight.ty)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_hold_exactly_the_bytes_of_the_file() {
+        for row in tandem_spec::tensor_type::TYPES.iter().filter(|row| row.supported) {
+            assert_eq!(planes(row.ty).iter().sum::<usize>(), row.block_bytes, "{}", row.name);
+        }
+    }
+}

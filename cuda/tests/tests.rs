@@ -1,0 +1,3 @@
+//! Tests of the CUDA backend. Those that need NVRTC or a GPU print why they are skipped.
+
+mod compile;
