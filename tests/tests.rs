@@ -1,0 +1,7 @@
+//! The one integration test binary. Each module says here in a sentence what it shows.
+
+#[path = "suite"]
+mod suite {
+    /// GGUF files are read as an independent reader reads them, split sets as one, and quickly.
+    mod files;
+}
