@@ -3,8 +3,11 @@
 //! applied to a row of activations after the other.
 
 use super::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::simd::avx2::Avx2;
 use super::simd::portable::Portable;
 use super::{Matrix, OutRows};
+use crate::Isa;
 use crate::activations::{Activations, BLOCK_LEN, Block};
 use std::ops::Range;
 use tandem_spec::TensorType;
@@ -227,14 +230,38 @@ unsafe fn store<S: Simd>(out: &OutRows, token: usize, panel: usize, n_rows: usiz
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn quant_avx2<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+    // SAFETY: the features are enabled.
+    unsafe { mul_quant::<Avx2, Q>(m, panels, x, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn float_avx2<W: Float>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+    // SAFETY: the features are enabled.
+    unsafe { mul_float::<Avx2, W>(m, panels, x, out) }
+}
+
 fn quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    // SAFETY: plain Rust.
-    unsafe { mul_quant::<Portable, Q>(m, panels, x, out) }
+    match m.isa {
+        // SAFETY: packing checked that the processor has the instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { quant_avx2::<Q>(m, panels, x, out) },
+        // SAFETY: plain Rust.
+        _ => unsafe { mul_quant::<Portable, Q>(m, panels, x, out) },
+    }
 }
 
 fn float<W: Float>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    // SAFETY: plain Rust.
-    unsafe { mul_float::<Portable, W>(m, panels, x, out) }
+    match m.isa {
+        // SAFETY: packing checked that the processor has the instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { float_avx2::<W>(m, panels, x, out) },
+        // SAFETY: plain Rust.
+        _ => unsafe { mul_float::<Portable, W>(m, panels, x, out) },
+    }
 }
 
 /// Chooses the kernel of the matrix's type and instruction set.

@@ -1,0 +1,173 @@
+//! Products of packed matrices against the roofs of this machine: read bandwidth for one row of activations (generation), 8-bit
+//! multiply-adds for many (prompts). `cargo bench -p tandem-cpu --bench matmul -- [--threads N] [--isa NAME] [TYPE ...]`
+
+use std::hint::black_box;
+use std::time::Instant;
+use tandem_cpu::{Activations, Forms, Isa, Matrix, OutRows};
+use tandem_spec::testing::{Buffers, Rng, random_blocks};
+use tandem_spec::{TensorType, Weight};
+
+/// Larger than the last-level caches of the machines that we know.
+const COLD_BYTES: usize = 256 << 20;
+
+/// Seconds of each of `n` runs of `work` by every thread of the pool, ascending.
+fn time(pool: &rayon::ThreadPool, n: usize, work: impl Fn(usize) + Sync) -> Vec<f64> {
+    let mut seconds: Vec<f64> = (0..n)
+        .map(|_| {
+            let start = Instant::now();
+            pool.broadcast(|context| work(context.index()));
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    seconds
+}
+
+/// Part `i` of `n` of `0..len`.
+fn part(len: usize, i: usize, n: usize) -> std::ops::Range<usize> {
+    len * i / n..len * (i + 1) / n
+}
+
+/// Best GB/s of reading a buffer in contiguous parts.
+fn read_roof(pool: &rayon::ThreadPool, threads: usize) -> f64 {
+    let buffer = vec![1u64; COLD_BYTES / 8];
+    let seconds = time(pool, 9, |i| {
+        let part = &buffer[part(buffer.len(), i, threads)];
+        let sums = part.chunks_exact(16).fold([0u64; 16], |mut sums, chunk| {
+            sums.iter_mut().zip(chunk).for_each(|(s, x)| *s = s.wrapping_add(*x));
+            sums
+        });
+        black_box(sums);
+    });
+    COLD_BYTES as f64 / seconds[0] / 1e9
+}
+
+/// 8-bit multiply-adds into 32-bit sums, 64 independent registers' worth, all operands in registers.
+#[cfg(target_arch = "x86_64")]
+mod integer {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    pub const ROUNDS: usize = 2_000_000;
+
+    /// Multiply-adds of one call.
+    pub const AVX2_OPS: usize = ROUNDS * 8 * 32;
+    #[target_feature(enable = "avx2")]
+    pub fn avx2() {
+        let (w, x, ones) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(5)), _mm256_set1_epi16(1));
+        let mut sums = [_mm256_setzero_si256(); 8];
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                // Depends on the sum, so that it is not moved out of the loop.
+                let products = _mm256_maddubs_epi16(w, _mm256_xor_si256(x, *s));
+                *s = _mm256_add_epi32(*s, _mm256_madd_epi16(products, ones));
+            }
+        }
+        black_box(sums);
+    }
+
+    /// Multiply-adds of one call.
+    pub const AVX512_OPS: usize = ROUNDS * 16 * 64;
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub fn avx512() {
+        let (w, x) = (_mm512_set1_epi8(black_box(3)), _mm512_set1_epi8(black_box(5)));
+        let mut sums = [_mm512_setzero_si512(); 16];
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm512_dpbusd_epi32(*s, w, x);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+/// Best 10^9 multiply-adds per second of the instruction set's 8-bit dot product.
+fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
+    let (ops, seconds) = match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller chose an available instruction set.
+        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 7, |_| unsafe { integer::avx2() })),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller chose an available instruction set.
+        Isa::Avx512 => (integer::AVX512_OPS, time(pool, 7, |_| unsafe { integer::avx512() })),
+        _ => return f64::NAN,
+    };
+    (ops * threads) as f64 / seconds[0] / 1e9
+}
+
+fn matrix(ty: TensorType, n_rows: usize, n_cols: usize, isa: Isa) -> Matrix {
+    // Random rows, repeated: values do not change the speed, but subnormals and NaN might.
+    let (mut source, unique) = (Buffers::default(), 64.min(n_rows));
+    let bytes = random_blocks(ty, unique * n_cols, 1.0, &mut Rng::new(1));
+    let weight = source.add("w", ty, &[n_cols, unique], bytes);
+    let rows = (0..n_rows.div_ceil(unique)).map(|_| 0..unique).collect();
+    let weight = Weight { rows, ..weight };
+    Matrix::pack_rows(&weight, 0..n_rows, &source, isa)
+}
+
+fn activations(n_rows: usize, n_cols: usize) -> Activations {
+    let mut x = Activations::new(n_rows * n_cols, Forms { floats: true, codes: true });
+    x.reshape(n_rows, n_cols);
+    for row in 0..n_rows {
+        // SAFETY: one thread.
+        unsafe { x.write(row, 0, &Rng::new(row as u64).normals(n_cols, 1.0)) };
+    }
+    x
+}
+
+fn main() {
+    let mut threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let (mut isa, mut types, mut args) = (Isa::detect(), Vec::new(), std::env::args().skip(1));
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--bench" => {}
+            "--threads" => threads = args.next().and_then(|n| n.parse().ok()).expect("--threads N"),
+            "--isa" => {
+                let name = args.next().expect("--isa NAME");
+                isa = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().find(|i| i.name() == name).expect("an ISA");
+            }
+            name => types.extend(tandem_spec::tensor_type::TYPES.iter().map(|r| r.ty).find(|ty| ty.name() == name)),
+        }
+    }
+    use TensorType::*;
+    if types.is_empty() {
+        types = vec![Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, BF16, F16, F32];
+    }
+    assert!(isa.is_available(), "this processor has no {}", isa.name());
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+    let (read, integer) = (read_roof(&pool, threads), integer_roof(&pool, threads, isa));
+    println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
+    println!(
+        "type    cols | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 64, 512, share of integer roof"
+    );
+    for ty in types {
+        for n_cols in [1024, 3584] {
+            let row_bytes = ty.row_bytes(n_cols).expect("whole blocks");
+            let cold = matrix(ty, COLD_BYTES / row_bytes, n_cols, isa);
+            let run = |m: &Matrix, x: &Activations, n: usize| {
+                let mut out = vec![0f32; m.n_rows() * x.n_rows()];
+                let ptr = out.as_mut_ptr() as usize;
+                time(&pool, n, |i| {
+                    // SAFETY: each thread multiplies panels of its own into a buffer that outlives the run.
+                    let out = unsafe { OutRows::new(ptr as *mut f32, m.n_rows(), x.n_rows(), m.n_rows()) };
+                    m.mul(part(m.n_panels(), i, threads), x, &out);
+                })
+            };
+            let seconds = run(&cold, &activations(1, n_cols), 7);
+            let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
+            let (best, median) = (rate(seconds[0]), rate(seconds[3]));
+            print!("{:7} {n_cols:4} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
+            drop(cold);
+            let warm = matrix(ty, 3584 * 1024 / n_cols, n_cols, isa);
+            for n_rows in [2, 4, 8, 64, 512] {
+                let seconds = run(&warm, &activations(n_rows, n_cols), if n_rows < 64 { 15 } else { 5 });
+                let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
+                print!(" {rate:6.1}");
+                if n_rows == 512 {
+                    print!(" {:4.0} %", 100.0 * rate / integer);
+                }
+            }
+            println!();
+        }
+    }
+}
