@@ -4,4 +4,6 @@
 mod suite {
     /// GGUF files are read as an independent reader reads them, split sets as one, and quickly.
     mod files;
+    /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
+    mod models;
 }

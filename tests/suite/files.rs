@@ -5,7 +5,7 @@ use tandem::gguf::{self, File, Value};
 use tandem_spec::TensorSource;
 
 /// Every golden file.
-fn golden() -> Vec<PathBuf> {
+pub fn golden() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     paths.retain(|p| p.extension().is_some_and(|e| e == "gguf"));
