@@ -55,7 +55,8 @@ pub struct Weight {
     pub tensor: usize,
     /// Storage type.
     pub ty: TensorType,
-    /// Elements of a row. A vector is one row: `n_cols` elements, one row.
+    /// Elements of a row. A vector is one row of all its elements; a slice of a vector (part of a fused bias) is
+    /// rows of one element. Decoded, both are the elements in order.
     pub n_cols: usize,
     /// Rows of the file tensor, concatenated in this order; adjacent ranges are merged.
     pub rows: Vec<Range<usize>>,
