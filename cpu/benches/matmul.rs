@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 use std::time::Instant;
-use tandem_cpu::{Activations, Forms, Isa, Matrix, OutRows};
+use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows};
 use tandem_spec::testing::{Buffers, Rng, random_blocks};
 use tandem_spec::{TensorType, Weight};
 
@@ -105,14 +105,16 @@ fn matrix(ty: TensorType, n_rows: usize, n_cols: usize, isa: Isa) -> Matrix {
     Matrix::pack_rows(&weight, 0..n_rows, &source, isa)
 }
 
-fn activations(n_rows: usize, n_cols: usize) -> Activations {
-    let mut x = Activations::new(n_rows * n_cols, Forms { floats: true, codes: true });
-    x.reshape(n_rows, n_cols);
+const FORMS: Forms = Forms { floats: true, codes: true };
+
+fn activations(n_rows: usize, n_cols: usize) -> ActivationBuffer {
+    let buffer = ActivationBuffer::new(n_rows * n_cols, FORMS).expect("memory");
+    let x = buffer.view(0, n_rows, n_cols, FORMS);
     for row in 0..n_rows {
         // SAFETY: one thread.
         unsafe { x.write(row, 0, &Rng::new(row as u64).normals(n_cols, 1.0)) };
     }
-    x
+    buffer
 }
 
 fn main() {
@@ -144,23 +146,24 @@ fn main() {
         for n_cols in [1024, 3584] {
             let row_bytes = ty.row_bytes(n_cols).expect("whole blocks");
             let cold = matrix(ty, COLD_BYTES / row_bytes, n_cols, isa);
-            let run = |m: &Matrix, x: &Activations, n: usize| {
-                let mut out = vec![0f32; m.n_rows() * x.n_rows()];
+            let run = |m: &Matrix, x: &ActivationBuffer, n_rows: usize, n: usize| {
+                let x = x.view(0, n_rows, n_cols, FORMS);
+                let mut out = vec![0f32; m.n_rows() * n_rows];
                 let ptr = out.as_mut_ptr() as usize;
                 time(&pool, n, |i| {
                     // SAFETY: each thread multiplies panels of its own into a buffer that outlives the run.
-                    let out = unsafe { OutRows::new(ptr as *mut f32, m.n_rows(), x.n_rows(), m.n_rows()) };
-                    m.mul(part(m.n_panels(), i, threads), x, &out);
+                    let out = unsafe { OutRows::new(ptr as *mut f32, m.n_rows(), n_rows, 0..m.n_rows()) };
+                    m.mul(part(m.n_panels(), i, threads), &x, &out);
                 })
             };
-            let seconds = run(&cold, &activations(1, n_cols), 7);
+            let seconds = run(&cold, &activations(1, n_cols), 1, 7);
             let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
             let (best, median) = (rate(seconds[0]), rate(seconds[3]));
             print!("{:7} {n_cols:4} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
             let warm = matrix(ty, 3584 * 1024 / n_cols, n_cols, isa);
             for n_rows in [2, 4, 8, 64, 512] {
-                let seconds = run(&warm, &activations(n_rows, n_cols), if n_rows < 64 { 15 } else { 5 });
+                let seconds = run(&warm, &activations(n_rows, n_cols), n_rows, if n_rows < 64 { 15 } else { 5 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
                 print!(" {rate:6.1}");
                 if n_rows == 512 {

@@ -3,6 +3,8 @@
 //! the caller's promise and are asserted.
 
 use std::cell::UnsafeCell;
+use std::collections::TryReserveError;
+use tandem_spec::TensorType;
 
 /// Elements that share a scale.
 pub const BLOCK_LEN: usize = 32;
@@ -44,7 +46,7 @@ impl Block {
 }
 
 /// Which forms of the activations the matrices of a use read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forms {
     /// f32 rows: for weights in F32, F16, BF16.
     pub floats: bool,
@@ -52,65 +54,93 @@ pub struct Forms {
     pub codes: bool,
 }
 
-/// Rows of activations `[n_rows, n_cols]`. The buffers hold the largest batch and are allocated once;
-/// [`Activations::reshape`] sets the shape of a use. Different workers may write different parts at the
-/// same time through a shared reference (see [`Activations::write`]).
-pub struct Activations {
-    forms: Forms,
-    n_rows: usize,
-    n_cols: usize,
-    /// `[n_rows, n_cols]` f32 at most.
+impl Forms {
+    /// The form that a weight of type `ty` is multiplied with.
+    pub fn of(ty: TensorType) -> Self {
+        Self { floats: !ty.is_quantised(), codes: ty.is_quantised() }
+    }
+
+    /// The forms of both.
+    pub fn or(self, other: Self) -> Self {
+        Self { floats: self.floats || other.floats, codes: self.codes || other.codes }
+    }
+}
+
+/// Memory for activations, allocated once for the largest use. [`ActivationBuffer::view`] lays a use into it.
+pub struct ActivationBuffer {
     floats: Box<[UnsafeCell<f32>]>,
-    /// `[n_cols / 32, n_rows]` at most: block-major, so that a kernel streams the rows of one block of columns.
     blocks: Box<[UnsafeCell<Block>]>,
 }
 
-// SAFETY: shared writes go through `write`, whose contract makes concurrent parts disjoint.
-unsafe impl Sync for Activations {}
+// SAFETY: writes go through `Activations::write`, whose contract makes concurrent parts disjoint.
+unsafe impl Sync for ActivationBuffer {}
 
-fn cells<T: Clone + Default>(n: usize) -> Box<[UnsafeCell<T>]> {
-    (0..n).map(|_| UnsafeCell::new(T::default())).collect()
+fn cells<T: Clone + Default>(n: usize) -> Result<Box<[UnsafeCell<T>]>, TryReserveError> {
+    let mut cells = Vec::new();
+    cells.try_reserve_exact(n)?;
+    cells.extend((0..n).map(|_| UnsafeCell::new(T::default())));
+    Ok(cells.into_boxed_slice())
 }
 
-impl Activations {
-    /// Buffers for at most `max_elements` = rows x columns elements in `forms`.
-    pub fn new(max_elements: usize, forms: Forms) -> Self {
-        Self {
-            forms,
-            n_rows: 0,
-            n_cols: 0,
-            floats: cells(if forms.floats { max_elements } else { 0 }),
-            blocks: cells(if forms.codes { max_elements / BLOCK_LEN } else { 0 }),
-        }
+impl ActivationBuffer {
+    /// Memory for `max_elements` = rows x columns elements in `forms`, or an error where there is not enough.
+    pub fn new(max_elements: usize, forms: Forms) -> Result<Self, TryReserveError> {
+        let floats = cells(if forms.floats { max_elements } else { 0 })?;
+        let blocks = cells(if forms.codes { max_elements / BLOCK_LEN } else { 0 })?;
+        Ok(Self { floats, blocks })
     }
 
-    /// Bytes that [`Activations::new`] allocates.
+    /// Bytes that [`ActivationBuffer::new`] allocates.
     pub fn n_bytes(max_elements: usize, forms: Forms) -> usize {
         usize::from(forms.floats) * max_elements * size_of::<f32>()
             + usize::from(forms.codes) * (max_elements / BLOCK_LEN) * size_of::<Block>()
     }
 
-    /// Sets the shape of the next use; what was written before is lost. With codes, `n_cols` is a multiple of 32.
-    pub fn reshape(&mut self, n_rows: usize, n_cols: usize) {
-        if self.forms.floats {
-            assert!(n_rows * n_cols <= self.floats.len(), "activations [{n_rows}, {n_cols}] exceed their buffer");
+    /// Rows `[n_rows, n_cols]` in `forms`, in the memory from element `start` on. With codes, `start` and `n_cols`
+    /// are multiples of 32. Views of the same part of the buffer and of the same shape show the same rows.
+    pub fn view(&self, start: usize, n_rows: usize, n_cols: usize, forms: Forms) -> Activations<'_> {
+        let end = start + n_rows * n_cols;
+        let fits =
+            |n: usize| assert!(end <= n, "activations {start} + [{n_rows}, {n_cols}] exceed their buffer of {n}");
+        if forms.floats {
+            fits(self.floats.len());
         }
-        if self.forms.codes {
+        if forms.codes {
             assert!(n_cols.is_multiple_of(BLOCK_LEN), "{n_cols} columns are not whole blocks of {BLOCK_LEN}");
-            assert!(
-                n_rows * n_cols <= self.blocks.len() * BLOCK_LEN,
-                "activations [{n_rows}, {n_cols}] exceed their buffer"
-            );
+            assert!(start.is_multiple_of(BLOCK_LEN), "activations at {start} start inside a block");
+            fits(self.blocks.len() * BLOCK_LEN);
         }
-        (self.n_rows, self.n_cols) = (n_rows, n_cols);
+        let floats: &[_] = if forms.floats { &self.floats[start..end] } else { &[] };
+        let blocks: &[_] = if forms.codes { &self.blocks[start / BLOCK_LEN..end / BLOCK_LEN] } else { &[] };
+        Activations { forms, n_rows, n_cols, floats, blocks }
     }
+}
 
-    /// Rows of the current shape.
+/// Rows of activations `[n_rows, n_cols]` in an [`ActivationBuffer`]. Different workers may write different parts
+/// at the same time (see [`Activations::write`]).
+#[derive(Clone, Copy)]
+pub struct Activations<'a> {
+    forms: Forms,
+    n_rows: usize,
+    n_cols: usize,
+    /// `[n_rows, n_cols]`, or empty.
+    floats: &'a [UnsafeCell<f32>],
+    /// `[n_cols / 32, n_rows]`, or empty: block-major, so that a kernel streams the rows of one block of columns.
+    blocks: &'a [UnsafeCell<Block>],
+}
+
+// SAFETY: as for the buffer.
+unsafe impl Send for Activations<'_> {}
+// SAFETY: as for the buffer.
+unsafe impl Sync for Activations<'_> {}
+
+impl Activations<'_> {
+    /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
     }
 
-    /// Columns of the current shape.
+    /// Number of columns.
     pub fn n_cols(&self) -> usize {
         self.n_cols
     }

@@ -5,6 +5,6 @@ pub mod activations;
 pub mod isa;
 pub mod matrix;
 
-pub use activations::{Activations, Forms};
+pub use activations::{ActivationBuffer, Activations, Forms};
 pub use isa::Isa;
 pub use matrix::{Matrix, OutRows};

@@ -193,15 +193,17 @@ impl Matrix {
     pub fn mul(&self, panels: Range<usize>, x: &Activations, out: &OutRows) {
         assert_eq!(x.n_cols(), self.n_cols, "columns of the activations and of the matrix");
         assert!(panels.end <= self.n_panels(), "panels {panels:?} of {}", self.n_panels());
-        assert!(
-            out.n_cols >= self.n_rows && out.n_rows >= x.n_rows(),
-            "output [{}, {}] is too small",
-            out.n_rows,
-            out.n_cols
-        );
         if panels.is_empty() || x.n_rows() == 0 {
             return;
         }
+        let rows = panels.start * self.panel_rows()..self.n_rows.min(panels.end * self.panel_rows());
+        assert!(
+            out.rows.start <= rows.start && rows.end <= out.rows.end && x.n_rows() <= out.n_tokens,
+            "products [{}, {rows:?}] do not fit [{}, {:?}]",
+            x.n_rows(),
+            out.n_tokens,
+            out.rows
+        );
         kernel::mul(self, panels, x, out);
     }
 }
@@ -230,12 +232,12 @@ fn interleave<const UNIT: usize>(from: &[u8], to: &mut [u8], lane: usize, panel_
     }
 }
 
-/// Where products go: rows `[n_rows, n_cols]` f32, `stride` elements apart.
+/// Where products go: columns `[n_tokens, rows]` f32 of a range of rows of a matrix, tokens `stride` elements apart.
 pub struct OutRows<'a> {
     ptr: *mut f32,
     stride: usize,
-    n_rows: usize,
-    n_cols: usize,
+    n_tokens: usize,
+    rows: Range<usize>,
     lifetime: PhantomData<&'a mut [f32]>,
 }
 
@@ -244,14 +246,25 @@ unsafe impl Sync for OutRows<'_> {}
 // SAFETY: as above.
 unsafe impl Send for OutRows<'_> {}
 
-impl<'a> OutRows<'a> {
-    /// Rows of `n_cols` elements, `stride` elements apart, starting at `ptr`.
+impl OutRows<'_> {
+    /// Products of the matrix rows `rows`, for `n_tokens` rows of activations: the first product of the first token
+    /// at `ptr`, tokens `stride` elements apart.
     ///
     /// # Safety
-    /// The rows are valid for writes during `'a`; threads that use it (or copies of it) at the same time multiply
-    /// disjoint panels into it, and nobody reads a panel's columns before its product is complete.
-    pub unsafe fn new(ptr: *mut f32, stride: usize, n_rows: usize, n_cols: usize) -> Self {
-        assert!(stride >= n_cols, "rows overlap");
-        Self { ptr, stride, n_rows, n_cols, lifetime: PhantomData }
+    /// The memory is valid for writes while this lives; threads that use it (or another one of the same memory) at the
+    /// same time multiply disjoint panels into it, and nobody reads a panel's columns before its product is complete.
+    pub unsafe fn new(ptr: *mut f32, stride: usize, n_tokens: usize, rows: Range<usize>) -> Self {
+        assert!(n_tokens <= 1 || stride >= rows.len(), "rows overlap");
+        Self { ptr, stride, n_tokens, rows, lifetime: PhantomData }
+    }
+
+    /// First product of panel row `row` for `token`.
+    ///
+    /// # Safety
+    /// Both lie within the shape given to [`OutRows::new`].
+    #[inline(always)]
+    unsafe fn at(&self, token: usize, row: usize) -> *mut f32 {
+        // SAFETY: the caller promises that the element exists.
+        unsafe { self.ptr.add(token * self.stride + (row - self.rows.start)) }
     }
 }

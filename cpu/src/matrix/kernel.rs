@@ -219,7 +219,7 @@ unsafe fn store<S: Simd>(out: &OutRows, token: usize, panel: usize, n_rows: usiz
     let row = panel * S::LANES;
     // SAFETY: `mul` checked that the output holds `n_rows` columns and all rows of the activations.
     unsafe {
-        let to = out.ptr.add(token * out.stride + row);
+        let to = out.at(token, row);
         if row + S::LANES <= n_rows {
             S::store_f32(to, acc);
         } else {

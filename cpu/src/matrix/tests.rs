@@ -1,7 +1,7 @@
 //! Every supported type on every instruction set of this processor against exact decodes with sums in f64.
 
 use super::*;
-use crate::activations::{BLOCK_LEN, Forms};
+use crate::activations::{ActivationBuffer, BLOCK_LEN, Forms};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{Buffers, Poisoned, Rng, random_blocks};
 
@@ -16,11 +16,10 @@ fn types() -> impl Iterator<Item = TensorType> {
 const FORMS: Forms = Forms { floats: true, codes: true };
 
 /// `x` `[n_rows, n_cols]` as activations, and what the codes stand for.
-fn activations(x: &[f32], n_cols: usize) -> (Activations, Vec<f64>) {
+fn activations<'a>(buffer: &'a ActivationBuffer, x: &[f32], n_cols: usize) -> (Activations<'a>, Vec<f64>) {
     let codes = n_cols.is_multiple_of(BLOCK_LEN);
-    let mut activations = Activations::new(x.len(), Forms { codes, ..FORMS });
     let n_rows = x.len() / n_cols;
-    activations.reshape(n_rows, n_cols);
+    let activations = buffer.view(0, n_rows, n_cols, Forms { codes, ..FORMS });
     for (row, values) in x.chunks(n_cols).enumerate() {
         // SAFETY: one thread.
         unsafe { activations.write(row, 0, values) };
@@ -67,10 +66,11 @@ fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize
         let factor = rng.uniform(-3.0, 3.0).exp2() as f32;
         x.iter_mut().for_each(|x| *x *= factor);
     });
-    let (activations, rounded) = activations(&x, n_cols);
+    let buffer = ActivationBuffer::new(x.len(), FORMS).unwrap();
+    let (activations, rounded) = activations(&buffer, &x, n_cols);
     let mut out = Poisoned::new(n_tokens * n_rows);
     // SAFETY: the output is a buffer of this thread.
-    let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), n_rows, n_tokens, n_rows) };
+    let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), n_rows, n_tokens, 0..n_rows) };
     let middle = matrix.n_panels() / 2;
     matrix.mul(middle..matrix.n_panels(), &activations, &rows);
     matrix.mul(0..middle, &activations, &rows);
@@ -139,10 +139,11 @@ fn extreme_codes_do_not_saturate() {
                 let weight = source.add("w", ty, &[n_cols, 8], bytes);
                 let matrix = Matrix::pack(&weight, &source, isa);
                 let x: Vec<f32> = (0..3 * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols]).collect();
-                let (activations, rounded) = activations(&x, n_cols);
+                let buffer = ActivationBuffer::new(x.len(), FORMS).unwrap();
+                let (activations, rounded) = activations(&buffer, &x, n_cols);
                 let mut out = Poisoned::new(3 * 8);
                 // SAFETY: the output is a buffer of this thread.
-                let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, 3, 8) };
+                let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, 3, 0..8) };
                 matrix.mul(0..matrix.n_panels(), &activations, &rows);
                 let want = product(&w, &rounded, n_cols);
                 // Relative to the sum of magnitudes: scale and minimum may cancel.
