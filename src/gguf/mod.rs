@@ -6,6 +6,7 @@ mod error;
 mod header;
 mod map;
 mod metadata;
+mod scales;
 
 pub use error::{Error, Place, quoted};
 pub use header::Problems;
