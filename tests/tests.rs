@@ -4,6 +4,10 @@
 mod suite {
     /// GGUF files are read as an independent reader reads them, split sets as one, and quickly.
     mod files;
+    /// Whole models give the logits of the independent oracle, in every arithmetic, chunking and batch.
+    mod golden;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
+    /// Style that a machine can check: imports, owners of outside crates, dead files.
+    mod tidy;
 }
