@@ -2,14 +2,18 @@
 //! strings, token ids and logits; it knows no model, no device and no terminal.
 
 pub mod pre_tokenizer;
+pub mod sampler;
+pub mod stream;
 pub mod tokenizer;
 pub mod vocabulary;
 
+pub use sampler::{Sampler, SamplerOptions};
+pub use stream::{Part, ReasoningSplitter, TextStream};
 pub use tokenizer::Tokenizer;
 pub use vocabulary::{TokenType, Vocabulary};
 
 /// What is wrong with the text part of a file, with a chat template or with sampling options.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A metadata key holds something the tokenizer can't be made of.
     #[error("{key}: expected {expected}, found {found}")]
@@ -20,6 +24,24 @@ pub enum Error {
         expected: String,
         /// What it holds.
         found: String,
+    },
+    /// A sampling option is out of range.
+    #[error("{option}: expected {expected}, found {found}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// Its range.
+        expected: &'static str,
+        /// Its value.
+        found: String,
+    },
+    /// Logits that no token can be drawn from: the computation before is wrong.
+    #[error("the logits are unusable: token {id} has {found}, and no draw is possible")]
+    Logits {
+        /// The token with the offending logit.
+        id: u32,
+        /// Its logit.
+        found: f32,
     },
 }
 
