@@ -369,6 +369,11 @@ impl Metadata {
         self.get(key)?.ok_or_else(|| self.error(key, T::EXPECTED, "no such key"))
     }
 
+    /// Path of the file, or the name that was given with its bytes.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
     /// An error about the value of `key`.
     pub fn error(&self, key: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
         Error::key(&self.file, key, expected, found)
