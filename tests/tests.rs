@@ -10,4 +10,7 @@ mod suite {
     mod models;
     /// Style that a machine can check: imports, owners of outside crates, dead files.
     mod tidy;
+    /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
+    /// templates that are wrong or hostile are refused in bounded time and memory.
+    mod text;
 }

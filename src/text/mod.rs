@@ -12,19 +12,9 @@ pub use stream::{Part, ReasoningSplitter, TextStream};
 pub use tokenizer::Tokenizer;
 pub use vocabulary::{TokenType, Vocabulary};
 
-/// What is wrong with the text part of a file, with a chat template or with sampling options.
+/// What is wrong with a chat template, with sampling options or with logits.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// A metadata key holds something the tokenizer can't be made of.
-    #[error("{key}: expected {expected}, found {found}")]
-    Metadata {
-        /// Metadata key of the file.
-        key: String,
-        /// What the key has to hold.
-        expected: String,
-        /// What it holds.
-        found: String,
-    },
     /// A sampling option is out of range.
     #[error("{option}: expected {expected}, found {found}")]
     Option {
@@ -43,10 +33,4 @@ pub enum Error {
         /// Its logit.
         found: f32,
     },
-}
-
-impl Error {
-    pub(crate) fn metadata(key: &str, expected: impl Into<String>, found: impl Into<String>) -> Self {
-        Self::Metadata { key: key.into(), expected: expected.into(), found: found.into() }
-    }
 }

@@ -12,9 +12,9 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind, MatchKind};
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab};
 
-use super::Error;
 use super::pre_tokenizer::PreTokenizer;
-use super::vocabulary::{TokenType, Vocabulary, same_length};
+use super::vocabulary::{Problem, TokenType, Vocabulary, same_length};
+use crate::gguf::{self, quoted};
 
 /// Bytes of all special tokens together: a bound on the automata that find them, far above any model's.
 const SPECIAL_BYTES_MAX: usize = 4 << 20;
@@ -74,20 +74,25 @@ impl Tokenizer {
     /// of different lengths, unknown token types, ids outside the vocabulary, malformed byte tokens, merges
     /// that are no pair of tokens or don't give a token, scores that are not numbers, and vocabularies
     /// without a token for some byte.
-    pub fn new(mut vocabulary: Vocabulary) -> Result<Self, Error> {
+    pub fn new(mut vocabulary: Vocabulary) -> Result<Self, gguf::Error> {
+        let file = std::mem::take(&mut vocabulary.file);
+        Self::build(vocabulary).map_err(|problem| problem.of(&file))
+    }
+
+    fn build(mut vocabulary: Vocabulary) -> Result<Self, Problem> {
         const TOKENS: &str = "tokenizer.ggml.tokens";
         if vocabulary.tokens.is_empty() {
-            return Err(Error::metadata(TOKENS, "a list of tokens", "none"));
+            return Err(Problem::new(TOKENS, "a list of tokens", "none"));
         }
         if u32::try_from(vocabulary.tokens.len()).is_err() {
-            return Err(Error::metadata(TOKENS, "less than 2^32 tokens", format!("{}", vocabulary.tokens.len())));
+            return Err(Problem::new(TOKENS, "less than 2^32 tokens", format!("{}", vocabulary.tokens.len())));
         }
         let types = vocabulary.types()?;
         let score_based = match vocabulary.model.as_str() {
             "gpt2" => false,
             "llama" => true,
             other => {
-                return Err(Error::metadata(
+                return Err(Problem::new(
                     "tokenizer.ggml.model",
                     "gpt2 (byte-level BPE) or llama (SentencePiece style)",
                     format!("{other:?}"),
@@ -110,7 +115,7 @@ impl Tokenizer {
         ] {
             if let Some(id) = id.filter(|&id| id as usize >= types.len()) {
                 let expected = format!("an id below {}, the number of tokens", types.len());
-                return Err(Error::metadata(key, expected, format!("{id}")));
+                return Err(Problem::new(key, expected, format!("{id}")));
             }
         }
         let (text, ends) = token_bytes(&vocabulary.tokens, &types, score_based)?;
@@ -133,7 +138,7 @@ impl Tokenizer {
             ("tokenizer.ggml.add_eos_token", add_eos, eos, "eos_token_id"),
         ] {
             if asked == Some(true) && id.is_none() {
-                return Err(Error::metadata(key, format!("tokenizer.ggml.{id_key} with it"), "no such key"));
+                return Err(Problem::new(key, format!("tokenizer.ggml.{id_key} with it"), "no such key"));
             }
         }
         Ok(Self {
@@ -275,16 +280,16 @@ fn end_of_generation(vocabulary: &Vocabulary, types: &[TokenType]) -> Vec<u32> {
 }
 
 /// The bytes of every token, one after the other, and where each ends.
-fn token_bytes(tokens: &[String], types: &[TokenType], score_based: bool) -> Result<(Vec<u8>, Vec<usize>), Error> {
+fn token_bytes(tokens: &[String], types: &[TokenType], score_based: bool) -> Result<(Vec<u8>, Vec<usize>), Problem> {
     let mut bytes = Vec::with_capacity(tokens.iter().map(String::len).sum());
     let mut ends = Vec::with_capacity(tokens.len());
     for (id, (token, kind)) in tokens.iter().zip(types).enumerate() {
         match kind {
             TokenType::Byte => bytes.push(byte_of(token).ok_or_else(|| {
-                Error::metadata(
+                Problem::new(
                     "tokenizer.ggml.tokens",
                     "byte tokens like <0x0A>",
-                    format!("{} for token {id}", quoted(token)),
+                    format!("{} for token {id}", quoted(token.as_bytes())),
                 )
             })?),
             TokenType::Normal | TokenType::Unused if score_based => {
@@ -320,18 +325,9 @@ fn byte_of(token: &str) -> Option<u8> {
     u8::from_str_radix(digits, 16).ok().filter(|_| hex)
 }
 
-/// Text from a file as part of a message: quoted and of bounded length.
-fn quoted(text: &str) -> String {
-    const SHOWN: usize = 60;
-    match text.char_indices().nth(SHOWN) {
-        None => format!("{text:?}"),
-        Some((end, _)) => format!("{:?}... ({} bytes)", &text[..end], text.len()),
-    }
-}
-
 impl Specials {
     /// A finder for the tokens of these types, or `None` where there are none. Empty tokens are in no text.
-    fn new(tokens: &[String], types: &[TokenType], wanted: &[TokenType]) -> Result<Option<Self>, Error> {
+    fn new(tokens: &[String], types: &[TokenType], wanted: &[TokenType]) -> Result<Option<Self>, Problem> {
         let chosen = tokens.iter().zip(types).enumerate();
         let chosen = chosen.filter(|(_, (token, kind))| wanted.contains(kind) && !token.is_empty());
         let (ids, texts): (Vec<u32>, Vec<&str>) = chosen.map(|(id, (token, _))| (id as u32, token.as_str())).unzip();
@@ -341,24 +337,24 @@ impl Specials {
         let expected = format!("special tokens of at most {SPECIAL_BYTES_MAX} bytes together");
         let total: usize = texts.iter().map(|text| text.len()).sum();
         if total > SPECIAL_BYTES_MAX {
-            return Err(Error::metadata("tokenizer.ggml.tokens", expected, format!("{total} bytes")));
+            return Err(Problem::new("tokenizer.ggml.tokens", expected, format!("{total} bytes")));
         }
         let finder = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .kind(Some(AhoCorasickKind::ContiguousNFA))
             .build(&texts)
-            .map_err(|error| Error::metadata("tokenizer.ggml.tokens", expected, error.to_string()))?;
+            .map_err(|error| Problem::new("tokenizer.ggml.tokens", expected, error.to_string()))?;
         Ok(Some(Self { finder, ids }))
     }
 }
 
 /// Byte-level BPE, with the merging done by the `tokenizers` crate.
-fn byte_pairs(vocabulary: Vocabulary) -> Result<Algorithm, Error> {
+fn byte_pairs(vocabulary: Vocabulary) -> Result<Algorithm, Problem> {
     const PRE: &str = "tokenizer.ggml.pre";
     const MERGES: &str = "tokenizer.ggml.merges";
     let known = || format!("one of {}", PreTokenizer::names().collect::<Vec<_>>().join(", "));
-    let name = vocabulary.pre.ok_or_else(|| Error::metadata(PRE, known(), "no such key"))?;
-    let pre = PreTokenizer::new(&name).ok_or_else(|| Error::metadata(PRE, known(), quoted(&name)))?;
+    let name = vocabulary.pre.ok_or_else(|| Problem::new(PRE, known(), "no such key"))?;
+    let pre = PreTokenizer::new(&name).ok_or_else(|| Problem::new(PRE, known(), quoted(name.as_bytes())))?;
     let mut ids = Vocab::with_capacity(vocabulary.tokens.len());
     ids.extend(vocabulary.tokens.into_iter().zip(0..));
     let in_utf8 = |byte: u8| !matches!(byte, 0xC0 | 0xC1 | 0xF5..);
@@ -366,7 +362,7 @@ fn byte_pairs(vocabulary: Vocabulary) -> Result<Algorithm, Error> {
         .find(|&b| in_utf8(b) && !ids.contains_key(BYTE_TO_CHAR[b as usize].encode_utf8(&mut [0; 4]) as &str))
     {
         let character = BYTE_TO_CHAR[byte as usize];
-        return Err(Error::metadata(
+        return Err(Problem::new(
             "tokenizer.ggml.tokens",
             "a token for every byte",
             format!("none for byte 0x{byte:02X} ({character:?})"),
@@ -376,10 +372,10 @@ fn byte_pairs(vocabulary: Vocabulary) -> Result<Algorithm, Error> {
         let first = merge.chars().next().map_or(0, char::len_utf8);
         match merge[first..].split_once(' ') {
             Some((left, right)) if !right.is_empty() => Ok((format!("{}{left}", &merge[..first]), right.to_owned())),
-            _ => Err(Error::metadata(
+            _ => Err(Problem::new(
                 MERGES,
                 "two tokens with a space between",
-                format!("{} at rank {rank}", quoted(merge)),
+                format!("{} at rank {rank}", quoted(merge.as_bytes())),
             )),
         }
     });
@@ -390,7 +386,7 @@ fn byte_pairs(vocabulary: Vocabulary) -> Result<Algorithm, Error> {
         .ignore_merges(pre.whole_words)
         .cache_capacity(0)
         .build()
-        .map_err(|error| Error::metadata(MERGES, "pairs of tokens that together are a token", error.to_string()))?;
+        .map_err(|error| Problem::new(MERGES, "pairs of tokens that together are a token", error.to_string()))?;
     Ok(Algorithm::BytePairs { pre, merges: Box::new(merges) })
 }
 
@@ -440,11 +436,11 @@ impl PartialEq for Candidate {
 impl Eq for Candidate {}
 
 impl Scores {
-    fn new(vocabulary: Vocabulary, types: &[TokenType]) -> Result<Self, Error> {
+    fn new(vocabulary: Vocabulary, types: &[TokenType]) -> Result<Self, Problem> {
         const SCORES: &str = "tokenizer.ggml.scores";
         same_length(SCORES, vocabulary.scores.len(), types.len())?;
         if let Some(id) = vocabulary.scores.iter().position(|score| score.is_nan()) {
-            return Err(Error::metadata(SCORES, "numbers", format!("NaN for token {id}")));
+            return Err(Problem::new(SCORES, "numbers", format!("NaN for token {id}")));
         }
         let unknown = vocabulary.unknown.expect("set to its default");
         let mut bytes = vec![unknown; 256];
