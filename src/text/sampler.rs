@@ -59,30 +59,17 @@ impl SamplerOptions {
     /// # Errors
     /// Names the option, its range and the value.
     pub fn check(&self) -> Result<(), Error> {
-        let finite = |x: f32| x.is_finite();
-        let share = |x: f32| (0.0..=1.0).contains(&x);
-        let checks: [(&'static str, f32, bool, &'static str); 6] = [
-            (
-                "temperature",
-                self.temperature,
-                finite(self.temperature) && self.temperature >= 0.0,
-                "a number of at least 0",
-            ),
-            ("top-p", self.top_p, share(self.top_p) && self.top_p > 0.0, "a number above 0 and at most 1"),
-            ("min-p", self.min_p, share(self.min_p), "a number from 0 to 1"),
-            (
-                "repeat penalty",
-                self.repeat_penalty,
-                finite(self.repeat_penalty) && self.repeat_penalty > 0.0,
-                "a number above 0",
-            ),
-            ("presence penalty", self.presence_penalty, finite(self.presence_penalty), "a number"),
-            ("frequency penalty", self.frequency_penalty, finite(self.frequency_penalty), "a number"),
-        ];
-        match checks.into_iter().find(|(_, _, good, _)| !good) {
-            None => Ok(()),
-            Some((option, found, _, expected)) => Err(Error::Option { option, expected, found: found.to_string() }),
-        }
+        let check = |good: bool, option, expected, found: f32| {
+            if good { Ok(()) } else { Err(Error::Option { option, expected, found: found.to_string() }) }
+        };
+        let Self { temperature, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, .. } = *self;
+        check(temperature.is_finite() && temperature >= 0.0, "temperature", "a number of at least 0", temperature)?;
+        check(top_p > 0.0 && top_p <= 1.0, "top-p", "a number above 0 and at most 1", top_p)?;
+        check((0.0..=1.0).contains(&min_p), "min-p", "a number from 0 to 1", min_p)?;
+        let positive = repeat_penalty.is_finite() && repeat_penalty > 0.0;
+        check(positive, "repeat penalty", "a number above 0", repeat_penalty)?;
+        check(presence_penalty.is_finite(), "presence penalty", "a number", presence_penalty)?;
+        check(frequency_penalty.is_finite(), "frequency penalty", "a number", frequency_penalty)
     }
 
     fn penalises(&self) -> bool {

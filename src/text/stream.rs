@@ -29,8 +29,8 @@ impl TextStream {
             self.held.push_str(chunk.valid());
             used += chunk.valid().len();
             let invalid = chunk.invalid();
-            let at_end = used + invalid.len() == self.bytes.len();
-            if !invalid.is_empty() && !(at_end && is_incomplete(invalid)) {
+            let open = used + invalid.len() == self.bytes.len() && is_incomplete(invalid);
+            if !invalid.is_empty() && !open {
                 self.held.push(char::REPLACEMENT_CHARACTER);
                 used += invalid.len();
             }

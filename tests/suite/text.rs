@@ -173,8 +173,9 @@ fn pairs() -> Vocabulary {
 
 #[test]
 fn wrong_vocabularies_are_refused_by_key() {
+    type Make = fn() -> Vocabulary;
     type Change = fn(&mut Vocabulary);
-    let cases: &[(fn() -> Vocabulary, Change, &str, &str)] = &[
+    let cases: &[(Make, Change, &str, &str)] = &[
         (pairs, |v| v.model = "bert".into(), "tokenizer.ggml.model", "\"bert\""),
         (pairs, |v| v.pre = None, "tokenizer.ggml.pre", "no such key"),
         (pairs, |v| v.pre = Some("qwen99".into()), "tokenizer.ggml.pre", "qwen35"),
