@@ -1,11 +1,11 @@
 //! Options that decide a plan, shared by every command that loads or plans a model.
 
 use crate::machine::{self, Machine};
-use crate::plan::{PlaceRule, Wishes, Workload};
+use crate::plan::{self, PlaceRule, Plan, Wishes, Workload};
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
-use tandem_spec::KvDtype;
+use tandem_spec::{KvDtype, Model};
 
 /// Reads a size in bytes: `12G`, `512M`, `1.5GiB` (powers of 1024), `12GB` (powers of 1000), or a plain number.
 pub fn parse_size(text: &str) -> Result<u64, String> {
@@ -104,11 +104,24 @@ impl WishArgs {
         }
     }
 
+    /// The plan: the one in `--plan FILE`, else the fastest for `workload` that the wishes allow.
+    ///
+    /// # Errors
+    /// A plan file of another model; a refusal of the planner, with its numbers.
+    pub fn plan(&self, model: &Model, workload: Workload) -> Result<Plan> {
+        let Some(path) = &self.plan else {
+            return Ok(plan::plan(model, &self.machine()?, &self.wishes(workload))?);
+        };
+        let saved: Plan = read_json(path, "plan")?;
+        saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        Ok(saved)
+    }
+
     /// The machine to plan for: the one asked for, else this one.
     pub fn machine(&self) -> Result<Machine> {
         match &self.machine {
             None => Ok(machine::here(cache_dir().as_deref(), false)),
-            Some(name) if Path::new(name).exists() => read_json(&PathBuf::from(name), "machine facts"),
+            Some(name) if Path::new(name).exists() => read_json(Path::new(name), "machine facts"),
             Some(name) => machine::known(name).map_err(|e| anyhow!(e)),
         }
     }
@@ -122,6 +135,7 @@ pub fn cache_dir() -> Option<PathBuf> {
 
 /// Reads a JSON file of `what`.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read {what}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{}: not a file of {what}", path.display()))
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("{}: cannot read this {what} file", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: not a {what} file", path.display()))
 }

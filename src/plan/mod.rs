@@ -1,6 +1,17 @@
 //! The plan: which block (or which share of it) runs where, and every byte that takes. A pure function of
 //! (model description, machine facts, wishes): no I/O, no clock, no device call.
 
+mod bytes;
+mod choose;
+mod predict;
+mod show;
+mod time;
+
+pub use bytes::{Entry, Pool, total};
+pub use predict::{DeviceTime, Group, Prediction};
+pub use show::{html, summary, text, why};
+
+use crate::machine::Machine;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
@@ -54,7 +65,14 @@ pub fn n_parts<W>(block: &Block<W>) -> usize {
 
 /// What the engine does: it loads exactly this and its step walks exactly this.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
+    /// Architecture, name and main type of the model.
+    pub model: String,
+    /// Name of the machine that the plan is for.
+    pub machine: String,
+    /// The run that it was made for.
+    pub workload: Workload,
     /// Positions per slot.
     pub n_ctx: usize,
     /// Sequences that have a state at the same time.
@@ -67,22 +85,44 @@ pub struct Plan {
     pub threads: usize,
     /// Where each block of the model runs, by block index.
     pub places: Vec<Place>,
+    /// Batches of at least so many tokens stream the host's feed-forward weights to the GPU; `None`: never,
+    /// and there are no buffers for it.
+    pub stream_from: Option<usize>,
+    /// Every byte, by device, pool and tensor.
+    pub account: Vec<Entry>,
+    /// What each device could give.
+    pub limits: Vec<Limit>,
+    /// Predicted times.
+    pub prediction: Prediction,
+}
+
+/// Memory of a device that the plan may use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limit {
+    /// The device.
+    pub device: Device,
+    /// Its model name.
+    pub name: String,
+    /// Bytes: what is free, or what the user allowed.
+    pub bytes: u64,
+}
+
+/// The fastest plan for `wishes.workload` on the machine of `facts`.
+///
+/// # Errors
+/// A model that does not fit, with the bytes needed and available and what would fit; a wish that cannot be met.
+pub fn plan(model: &Model, facts: &Machine, wishes: &Wishes) -> Result<Plan, Refusal> {
+    let problem = choose::Problem::new(model, facts, wishes)?;
+    match problem.solve() {
+        Ok(outcome) => Ok(predict::finish(&problem, &outcome)),
+        Err(mut refusal) => {
+            refusal.options = choose::options(model, facts, wishes);
+            Err(refusal)
+        }
+    }
 }
 
 impl Plan {
-    /// Everything on one device.
-    pub fn whole(
-        model: &Model,
-        device: Device,
-        n_ctx: usize,
-        n_batch: usize,
-        kv_dtype: KvDtype,
-        threads: usize,
-    ) -> Self {
-        let places = model.blocks.iter().map(|b| vec![Share { device, part: 0..n_parts(b) }]).collect();
-        Self { n_ctx, n_slots: 1, n_batch, kv_dtype, threads, places }
-    }
-
     /// The device that runs all of block `block`, or `None` if the block is shared.
     pub fn device(&self, block: usize) -> Option<Device> {
         match &self.places[block][..] {
@@ -103,6 +143,104 @@ impl Plan {
         devices.dedup();
         devices
     }
+
+    /// Planned bytes of `device`, in one pool or in all of them.
+    pub fn bytes(&self, device: Device, pool: Option<Pool>) -> u64 {
+        total(&self.account, device, pool)
+    }
+
+    /// Whether the plan is one of `model`: every block placed once, shares that end at units, the same bytes.
+    ///
+    /// # Errors
+    /// What differs.
+    pub fn check(&self, model: &Model) -> Result<(), String> {
+        let (found, expected) = (self.places.len(), model.blocks.len());
+        if found != expected {
+            return Err(format!(
+                "the plan places {found} blocks, the model has {expected}: it is a plan of another model"
+            ));
+        }
+        if [self.n_ctx, self.n_slots, self.n_batch, self.threads].contains(&0) {
+            return Err("context, slots, batch and threads of a plan must be at least 1".into());
+        }
+        for (block, place) in model.blocks.iter().zip(&self.places) {
+            let n = n_parts(block);
+            let mut end = 0;
+            for share in place {
+                if share.part.start != end || share.part.end < end {
+                    return Err(format!("{}: the shares do not follow each other: {place:?}", block.name()));
+                }
+                end = share.part.end;
+                if matches!(block, Block::Ffn(_)) && end != n && end % FFN_UNIT != 0 {
+                    return Err(format!(
+                        "{}: a share ends at row {end}, not at a multiple of {FFN_UNIT}",
+                        block.name()
+                    ));
+                }
+            }
+            if end != n {
+                return Err(format!("{}: the shares end at {end} of {n}", block.name()));
+            }
+            let mut devices: Vec<Device> = place.iter().map(|s| s.device).collect();
+            devices.sort();
+            devices.dedup();
+            if devices.len() != place.len() {
+                return Err(format!("{}: a device occurs twice: {place:?}", block.name()));
+            }
+        }
+        let sizes = bytes::Sizes {
+            n_ctx: self.n_ctx,
+            n_slots: self.n_slots,
+            n_batch: self.n_batch,
+            kv_dtype: self.kv_dtype,
+            stream: self.stream_from.is_some(),
+        };
+        if bytes::account(model, &self.places, &sizes) != self.account {
+            return Err("the bytes of the plan are not those of this model: make the plan again".into());
+        }
+        Ok(())
+    }
+}
+
+/// Why there is no plan.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{}", show::refusal(self))]
+pub struct Refusal {
+    /// In a few words.
+    pub reason: String,
+    /// Bytes by device, where memory is what is missing.
+    pub needs: Vec<Need>,
+    /// What would fit, and how fast.
+    pub options: Vec<Alternative>,
+}
+
+impl Refusal {
+    /// A wish that cannot be met.
+    fn wish(reason: String) -> Self {
+        Self { reason: reason.trim_end().into(), needs: Vec::new(), options: Vec::new() }
+    }
+}
+
+/// Bytes needed and available on one device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Need {
+    /// The device.
+    pub device: Device,
+    /// Needed by the placement that comes nearest.
+    pub needed: u64,
+    /// Available.
+    pub available: u64,
+}
+
+/// Changed wishes that would fit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alternative {
+    /// What to change, as options of the command line.
+    pub change: String,
+    /// Tokens per second, prompt and generation.
+    pub prompt_tok_s: f64,
+    /// Of generation.
+    pub generate_tok_s: f64,
 }
 
 /// The run that a plan is made for: its time is what the planner minimises.

@@ -1,0 +1,686 @@
+//! Which share of which block goes where: the least predicted time for the stated workload, within the
+//! capacities.
+//!
+//! Blocks move from the CPU to the GPU in a fixed order, most time saved per byte first: mixers with their
+//! keys, values and states, the head, then FFN rows or routed experts, one unit of every layer after the
+//! other. A few such orders, each with a few batch sizes and with or without streaming of prompt weights, give
+//! a list of candidate placements that does not depend on the capacities. The plan is the fastest candidate
+//! that fits. More memory only adds candidates that fit, so it never predicts a longer time, and since every
+//! candidate is timed exactly, a step that does not pay (a hand-off that costs more than the rows it moves) is
+//! simply not taken.
+
+use super::bytes::{self, Sizes};
+use super::time::{self, Rates};
+use super::{Alternative, Device, FFN_UNIT, Place, Refusal, Share, Wishes, Workload, n_parts};
+use crate::machine::Machine;
+use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
+
+/// Context length where none is asked for: enough for a chat, and no surprise in memory.
+const DEFAULT_CTX: usize = 8192;
+/// Batch sizes that are tried where a GPU can be used; without one the first is taken.
+const BATCHES: [usize; 3] = [512, 2048, 8192];
+/// Placements timed per order of moves; longer orders are walked in equal strides.
+const MAX_STEPS: usize = 2000;
+
+/// How far a block has moved to the GPU: 0 not at all, `max_level` wholly.
+type Level = usize;
+
+fn max_level(block: &Block<Weight>) -> Level {
+    match block {
+        Block::Ffn(b) => b.shape.n_ff.div_ceil(FFN_UNIT),
+        Block::Moe(b) => 1 + b.shape.n_experts, // 1: home on the GPU, all routed experts on the CPU
+        _ => 1,
+    }
+}
+
+/// Rows or experts on the GPU at `level`.
+fn gpu_part(block: &Block<Weight>, level: Level) -> usize {
+    match block {
+        Block::Ffn(b) => (level * FFN_UNIT).min(b.shape.n_ff),
+        Block::Moe(_) => level.saturating_sub(1),
+        _ => level,
+    }
+}
+
+pub(super) fn place(block: &Block<Weight>, level: Level, gpu: Device) -> Place {
+    let (n, on_gpu) = (n_parts(block), gpu_part(block, level));
+    let mut place = Place::new();
+    if level > 0 {
+        place.push(Share { device: gpu, part: 0..on_gpu });
+    }
+    if on_gpu < n {
+        place.push(Share { device: Device::Cpu, part: on_gpu..n });
+    }
+    place
+}
+
+/// Bytes and times of one block at one level.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cell {
+    gpu_bytes: u64,
+    cpu_bytes: u64,
+    /// Seconds of one token on the GPU and on the CPU.
+    decode: [f64; 2],
+    /// Seconds of one prompt batch.
+    prompt: [f64; 2],
+    /// One prompt batch wholly on the GPU, and the bytes that must be streamed for that; infinite where the
+    /// CPU's part cannot be streamed.
+    streamed: f64,
+    stream_bytes: f64,
+}
+
+/// A placement with its times and bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    pub levels: Vec<Level>,
+    /// GPU of each block that has a level above 0.
+    pub gpus: Vec<usize>,
+    pub sizes: Sizes,
+    /// Seconds of one token and of the whole prompt.
+    pub decode_s: f64,
+    pub prompt_s: f64,
+    /// Whether the prompt is faster streamed.
+    pub prompt_streams: bool,
+}
+
+/// Seconds of one token, and of one prompt batch computed in place or with the host's weights streamed.
+struct Times {
+    decode: f64,
+    in_place: f64,
+    streamed: f64,
+}
+
+/// Bytes that a placement needs, where it does not fit: by GPU index, and of the host.
+#[derive(Clone, Debug)]
+struct Overflow {
+    gpus: Vec<u64>,
+    host: u64,
+    excess: u64,
+}
+
+/// What is given: everything that does not depend on the candidate.
+#[derive(Clone)]
+pub(super) struct Problem<'a> {
+    pub model: &'a Model,
+    pub facts: &'a Machine,
+    pub wishes: &'a Wishes,
+    pub threads: usize,
+    /// Usable bytes by GPU index.
+    pub vram: Vec<u64>,
+    pub ram: u64,
+    /// GPU indices in the order in which they are filled: fastest memory first.
+    order: Vec<usize>,
+    /// Level (and GPU, where it is named) of the blocks that the user placed.
+    fixed: Vec<Option<(Level, Option<usize>)>>,
+    tied: bool,
+}
+
+impl<'a> Problem<'a> {
+    /// Reads the wishes; refuses the ones that name what is not there.
+    pub fn new(model: &'a Model, facts: &'a Machine, wishes: &'a Wishes) -> Result<Self, Refusal> {
+        let n_gpus = facts.gpus.len();
+        if wishes.vram.len() > n_gpus && wishes.vram.iter().any(|v| *v > 0) {
+            let n = wishes.vram.len();
+            let note = facts.gpu_note.as_deref().unwrap_or("");
+            return Err(Refusal::wish(format!("--vram names {n} GPUs, but {} has {n_gpus}. {note}", facts.name)));
+        }
+        let limit = |i: usize| wishes.vram.get(i).copied().unwrap_or(u64::MAX);
+        let vram: Vec<u64> = facts.gpus.iter().enumerate().map(|(i, g)| g.vram_free.min(limit(i))).collect();
+        let mut order: Vec<usize> = (0..n_gpus).filter(|&i| vram[i] > 0).collect();
+        order.sort_by(|&a, &b| {
+            facts.gpus[b].bandwidth_gb_per_s.total_cmp(&facts.gpus[a].bandwidth_gb_per_s).then(a.cmp(&b))
+        });
+        let mut problem = Self {
+            model,
+            facts,
+            wishes,
+            threads: wishes.threads.unwrap_or(facts.host.threads).max(1),
+            vram,
+            ram: facts.host.ram_available.min(wishes.ram.unwrap_or(u64::MAX)),
+            order,
+            fixed: vec![None; model.blocks.len()],
+            tied: bytes::is_tied(model),
+        };
+        problem.fix()?;
+        Ok(problem)
+    }
+
+    /// The GPU that is filled first.
+    pub fn first_gpu(&self) -> usize {
+        self.order[0]
+    }
+
+    /// Turns `--gpu-layers` and `--place` into levels.
+    fn fix(&mut self) -> Result<(), Refusal> {
+        let (model, wishes) = (self.model, self.wishes);
+        let no_gpu = |what: &str| {
+            let note = self.facts.gpu_note.as_deref().unwrap_or("");
+            Refusal::wish(format!("{what} asks for a GPU, but none of {} can be used. {note}", self.facts.name))
+        };
+        if let Some(n) = wishes.gpu_layers {
+            if n > 0 && self.order.is_empty() {
+                return Err(no_gpu("--gpu-layers"));
+            }
+            let first = (model.n_layers + 1).saturating_sub(n);
+            for (i, block) in model.blocks.iter().enumerate() {
+                let on_gpu = match block {
+                    Block::Embed(_) => self.tied && n > 0,
+                    Block::Head(_) => n > 0,
+                    Block::Attention(b) => b.layer >= first,
+                    Block::DeltaNet(b) => b.layer >= first,
+                    Block::Ffn(b) => b.layer >= first,
+                    Block::Moe(b) => b.layer >= first,
+                };
+                self.fixed[i] = Some((if on_gpu { max_level(block) } else { 0 }, None));
+            }
+        }
+        for rule in &wishes.place {
+            let mut matched = false;
+            for (i, block) in model.blocks.iter().enumerate().filter(|(_, b)| rule.matches(&b.name())) {
+                matched = true;
+                let Device::Cuda(gpu) = rule.device else {
+                    let level = match rule.share {
+                        Some(s) => level_of_share(block, 1.0 - s)?,
+                        None => 0,
+                    };
+                    self.fixed[i] = Some((level, None));
+                    continue;
+                };
+                if !self.order.contains(&gpu) {
+                    return Err(no_gpu(&format!("placement `{}=cuda{gpu}`", rule.blocks)));
+                }
+                let level = match rule.share {
+                    Some(s) => level_of_share(block, s)?,
+                    None => max_level(block),
+                };
+                self.fixed[i] = Some((level, Some(gpu)));
+            }
+            if !matched {
+                let names: Vec<String> = model.blocks.iter().map(Block::name).collect();
+                let (first, last) = (names.get(..5.min(names.len())).unwrap_or(&[]).join(", "), names.last());
+                return Err(Refusal::wish(format!(
+                    "placement `{}={}` matches no block; the blocks are {first}, ..., {}",
+                    rule.blocks,
+                    rule.device,
+                    last.map_or("", String::as_str)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Context, KV type and slots, as asked for or by default.
+    fn sizes(&self) -> Sizes {
+        let workload = &self.wishes.workload;
+        let wanted = DEFAULT_CTX.max(workload.prompt + workload.generate);
+        let default_kv = if self.model.is_hybrid() { KvDtype::Bf16 } else { KvDtype::F32 };
+        Sizes {
+            n_ctx: self.wishes.n_ctx.unwrap_or(self.model.n_ctx_train.clamp(1, wanted)),
+            n_slots: self.wishes.n_slots.max(1),
+            n_batch: 0,
+            kv_dtype: self.wishes.kv_dtype.unwrap_or(default_kv),
+            stream: false,
+        }
+    }
+
+    /// The fastest placement that fits.
+    pub fn solve(&self) -> Result<Outcome, Refusal> {
+        let mut best: Option<(f64, Outcome)> = None;
+        let mut nearest: Option<Overflow> = None;
+        for sizes in self.candidate_sizes() {
+            let tables = Tables::new(self, sizes);
+            for order in tables.orders() {
+                tables.walk(&order, &mut best, &mut nearest);
+            }
+        }
+        match (best, nearest) {
+            (Some((_, outcome)), _) => Ok(outcome),
+            (None, Some(needs)) => Err(self.too_big(&needs)),
+            (None, None) => unreachable!("every walk times or refuses at least the placement it starts from"),
+        }
+    }
+
+    /// Batch sizes, with and without streaming.
+    fn candidate_sizes(&self) -> Vec<Sizes> {
+        let sizes = self.sizes();
+        let mut batches: Vec<usize> = match self.wishes.n_batch {
+            Some(n) => vec![n],
+            None if self.order.is_empty() => vec![BATCHES[0]],
+            None => BATCHES.to_vec(),
+        };
+        batches.iter_mut().for_each(|n| *n = (*n).min(sizes.n_ctx));
+        batches.dedup();
+        let streams: &[bool] = if self.order.is_empty() { &[false] } else { &[false, true] };
+        let with = |n_batch: usize| streams.iter().map(move |&stream| Sizes { n_batch, stream, ..sizes });
+        batches.into_iter().flat_map(with).collect()
+    }
+
+    fn too_big(&self, needs: &Overflow) -> Refusal {
+        let mut rows = vec![super::Need { device: Device::Cpu, needed: needs.host, available: self.ram }];
+        for &g in &self.order {
+            rows.push(super::Need { device: Device::Cuda(g), needed: needs.gpus[g], available: self.vram[g] });
+        }
+        Refusal { reason: "the model does not fit".into(), needs: rows, options: Vec::new() }
+    }
+}
+
+/// The level that puts `share` of a divisible block on the GPU.
+fn level_of_share(block: &Block<Weight>, share: f64) -> Result<Level, Refusal> {
+    match block {
+        Block::Ffn(_) => Ok((share * max_level(block) as f64).round() as Level),
+        Block::Moe(b) => Ok(1 + (share * b.shape.n_experts as f64).round() as Level),
+        _ if share == 0.0 || share == 1.0 => Ok(share as Level),
+        _ => Err(Refusal::wish(format!(
+            "{} cannot be shared; only feed-forward blocks can (blk.N.ffn by rows, blk.N.moe by experts)",
+            block.name()
+        ))),
+    }
+}
+
+/// Bytes and times of every block at every level, for one batch size.
+struct Tables<'a> {
+    problem: &'a Problem<'a>,
+    sizes: Sizes,
+    /// Number of the column of each block: blocks of equal tensors share one.
+    column_of: Vec<usize>,
+    /// By position in `problem.order` (one table without GPU times where there is no GPU), column and level.
+    cells: Vec<Vec<Vec<Cell>>>,
+    /// Bytes that a used GPU takes beside its blocks.
+    gpu_base: u64,
+    /// The same of the host, by number of GPUs in use.
+    host_base: Vec<u64>,
+    /// Scratch of the CPU, where it runs any block.
+    host_scratch: u64,
+    /// Prompt batches, and tokens of each.
+    n_batches: f64,
+    batch_tokens: usize,
+}
+
+impl<'a> Tables<'a> {
+    fn new(problem: &'a Problem<'a>, sizes: Sizes) -> Self {
+        let (model, workload) = (problem.model, problem.wishes.workload);
+        let n_batches = workload.prompt.max(1).div_ceil(sizes.n_batch);
+        let batch_tokens = workload.prompt.max(1).div_ceil(n_batches);
+        let base = |device, used, n| -> u64 {
+            bytes::device_entries(model, device, used, n, &sizes).iter().map(|e| e.bytes).sum()
+        };
+        let host_base: Vec<u64> = (0..=problem.order.len()).map(|n| base(Device::Cpu, false, n)).collect();
+        let mut classes: Vec<(Vec<(TensorType, usize, usize)>, usize)> = Vec::new();
+        let column_of = (0..model.blocks.len())
+            .map(|i| {
+                let mut class = Vec::new();
+                model.blocks[i].for_each(&mut |w| class.push((w.ty, w.n_rows(), w.n_cols)));
+                classes.iter().position(|(known, _)| *known == class).unwrap_or_else(|| {
+                    classes.push((class, i));
+                    classes.len() - 1
+                })
+            })
+            .collect();
+        let mut tables = Self {
+            problem,
+            sizes,
+            column_of,
+            cells: Vec::new(),
+            gpu_base: base(Device::Cuda(0), true, 1),
+            host_scratch: base(Device::Cpu, true, 0) - host_base[0],
+            host_base,
+            n_batches: n_batches as f64,
+            batch_tokens,
+        };
+        let n_tables = problem.order.len().max(1);
+        tables.cells = (0..n_tables).map(|g| classes.iter().map(|&(_, i)| tables.column(g, i)).collect()).collect();
+        tables
+    }
+
+    /// Block `i` at `level` on the GPU at position `g`.
+    fn cell(&self, g: usize, i: usize, level: Level) -> &Cell {
+        &self.cells[g][self.column_of[i]][level]
+    }
+
+    /// All levels of block `index` on the GPU at position `g`.
+    fn column(&self, g: usize, index: usize) -> Vec<Cell> {
+        let Problem { model, facts, wishes, threads, order, .. } = self.problem;
+        let block = &model.blocks[index];
+        let past = (wishes.workload.prompt + wishes.workload.generate / 2).min(self.sizes.n_ctx);
+        let prompt_past = wishes.workload.prompt.saturating_sub(self.batch_tokens) / 2;
+        let cpu = Rates::Cpu { host: &facts.host, threads: *threads };
+        let gpu = order.get(g).map(|&i| Rates::Gpu(&facts.gpus[i]));
+        let levels = if gpu.is_some() { max_level(block) } else { 0 };
+        let seconds = |rates: &Rates, n: usize, home: bool| {
+            let decode = time::work(block, n, home, 1, past, &self.sizes);
+            let prompt = time::work(block, n, home, self.batch_tokens, prompt_past, &self.sizes);
+            let is_idle = n == 0 && !home;
+            if is_idle { (0.0, 0.0) } else { (rates.seconds(&decode), rates.seconds(&prompt)) }
+        };
+        let whole_on_gpu = gpu.map_or((0.0, 0.0), |gpu| seconds(&gpu, n_parts(block), true));
+        (0..=levels)
+            .map(|level| {
+                let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
+                for (nth, share) in place(block, level, Device::Cuda(0)).iter().enumerate() {
+                    let entries = bytes::share_entries(model, index, share, nth == 0, &self.sizes);
+                    let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
+                    let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
+                    let (rates, side) = match share.device {
+                        Device::Cpu => {
+                            cell.cpu_bytes = bytes;
+                            if matches!(block, Block::Ffn(_) | Block::Moe(_)) {
+                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights.sum::<u64>() as f64);
+                            }
+                            (cpu, 1)
+                        }
+                        Device::Cuda(_) => {
+                            cell.gpu_bytes = bytes;
+                            (gpu.expect("levels above 0 only with a GPU"), 0)
+                        }
+                    };
+                    (cell.decode[side], cell.prompt[side]) = seconds(&rates, share.part.len(), nth == 0);
+                }
+                cell
+            })
+            .collect()
+    }
+
+    /// Seconds of the whole workload that block `i` takes at `level`, on the first GPU.
+    fn block_seconds(&self, i: usize, level: Level) -> f64 {
+        let cell = self.cell(0, i, level);
+        let prompt = cell.prompt[0].max(cell.prompt[1]);
+        self.problem.wishes.workload.generate as f64 * cell.decode[0].max(cell.decode[1]) + self.n_batches * prompt
+    }
+
+    /// The orders in which blocks move to the GPU; a move is (block, level reached).
+    fn orders(&self) -> Vec<Vec<(usize, Level)>> {
+        if self.problem.order.is_empty() {
+            return vec![Vec::new()];
+        }
+        let blocks = &self.problem.model.blocks;
+        let free = |i: &usize| self.problem.fixed[*i].is_none();
+        let value = |i: usize, from: Level, to: Level| {
+            let bytes = self.cell(0, i, to).gpu_bytes - self.cell(0, i, from).gpu_bytes;
+            (self.block_seconds(i, from) - self.block_seconds(i, to)) / bytes.max(1) as f64
+        };
+        // Groups that move one after the other, with the seconds that a byte of them saves.
+        let mut groups: Vec<(f64, Vec<(usize, Level)>)> = Vec::new();
+        let mut rounds: Vec<usize> = Vec::new();
+        let (mut head, mut embed) = (Vec::new(), Vec::new());
+        for i in (0..blocks.len()).filter(free) {
+            match &blocks[i] {
+                Block::Ffn(_) => rounds.push(i),
+                Block::Moe(_) => {
+                    groups.push((value(i, 0, 1), vec![(i, 1)]));
+                    rounds.push(i);
+                }
+                Block::Attention(_) | Block::DeltaNet(_) => groups.push((value(i, 0, 1), vec![(i, 1)])),
+                Block::Head(_) => head.push((i, 1)),
+                Block::Embed(_) => embed.push((i, 1)),
+            }
+        }
+        let first_round = |i: usize| if matches!(blocks[i], Block::Moe(_)) { 2 } else { 1 };
+        let last = rounds.iter().map(|&i| max_level(&blocks[i])).max().unwrap_or(0);
+        let round_moves: Vec<(usize, Level)> = (1..=last)
+            .flat_map(|k| rounds.iter().map(move |&i| (i, k)))
+            .filter(|&(i, k)| k >= first_round(i) && k <= max_level(&blocks[i]))
+            .collect();
+        let round_value =
+            rounds.iter().map(|&i| value(i, first_round(i) - 1, max_level(&blocks[i]))).fold(0.0, f64::max);
+        let by_value = |groups: &[(f64, Vec<(usize, Level)>)]| -> Vec<(usize, Level)> {
+            let mut sorted: Vec<_> = groups.iter().collect();
+            sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
+            sorted.into_iter().flat_map(|(_, moves)| moves.iter().copied()).collect()
+        };
+        let mixers = by_value(&groups);
+        if let Some(&(i, _)) = head.first() {
+            let mut moves = head.clone();
+            if self.problem.tied {
+                moves.append(&mut embed);
+            }
+            head = moves;
+            groups.push((value(i, 0, 1), head.clone()));
+        }
+        groups.push((round_value, round_moves.clone()));
+        let mut orders = vec![
+            [by_value(&groups), embed.clone()].concat(),
+            [mixers.clone(), head.clone(), round_moves.clone(), embed.clone()].concat(),
+            [mixers.clone(), round_moves.clone(), head.clone(), embed.clone()].concat(),
+            [round_moves, mixers, head, embed].concat(),
+        ];
+        orders.dedup();
+        orders
+    }
+
+    /// Times the placements along one order of moves and keeps the fastest that fits.
+    fn walk(&self, order: &[(usize, Level)], best: &mut Option<(f64, Outcome)>, nearest: &mut Option<Overflow>) {
+        let problem = self.problem;
+        let mut levels: Vec<Level> = problem.fixed.iter().map(|f| f.map_or(0, |(level, _)| level)).collect();
+        if problem.tied && problem.fixed[0].is_none() && levels.last() == Some(&1) {
+            levels[0] = 1; // the head's copy serves the embedding
+        }
+        let stride = order.len().div_ceil(MAX_STEPS).max(1);
+        for n_moves in 0..=order.len() {
+            if n_moves > 0 {
+                let (block, level) = order[n_moves - 1];
+                levels[block] = level;
+            }
+            let at_stop = n_moves % stride == 0 || n_moves == order.len();
+            if !at_stop {
+                continue;
+            }
+            match self.evaluate(&levels) {
+                Ok(outcome) => {
+                    let generate = problem.wishes.workload.generate as f64;
+                    let seconds = outcome.prompt_s + generate * outcome.decode_s;
+                    if best.as_ref().is_none_or(|(least, _)| seconds < *least) {
+                        *best = Some((seconds, outcome));
+                    }
+                }
+                Err(overflow) => {
+                    let gpus_full = overflow.gpus.iter().zip(&problem.vram).any(|(need, has)| need > has);
+                    if nearest.as_ref().is_none_or(|n| overflow.excess < n.excess) {
+                        *nearest = Some(overflow);
+                    }
+                    if gpus_full {
+                        return; // every further move adds bytes
+                    }
+                }
+            }
+        }
+    }
+
+    /// Time of a placement, or the bytes that it lacks.
+    fn evaluate(&self, levels: &[Level]) -> Result<Outcome, Overflow> {
+        let (problem, order) = (self.problem, &self.problem.order);
+        let blocks = &problem.model.blocks;
+        let mut gpus = vec![0; levels.len()];
+        let mut used = vec![0u64; problem.vram.len()];
+        let mut current = 0; // position in `order`: blocks fill one GPU after the other
+        let mut host = 0;
+        let head_level = levels[levels.len() - 1];
+        for (i, &level) in levels.iter().enumerate() {
+            let cell = self.cell(0, i, level);
+            let shared_with_head = problem.tied && i == 0 && (level > 0) == (head_level > 0);
+            if !shared_with_head {
+                host += cell.cpu_bytes;
+            }
+            if level == 0 {
+                continue;
+            }
+            let mut bytes = if shared_with_head { 0 } else { cell.gpu_bytes };
+            if let Some((_, Some(gpu))) = problem.fixed[i] {
+                gpus[i] = gpu;
+            } else {
+                let fits = |at: usize| {
+                    let gpu = order[at];
+                    let base = if used[gpu] == 0 { self.gpu_base } else { 0 };
+                    used[gpu] + base + bytes <= problem.vram[gpu]
+                };
+                while current + 1 < order.len() && !fits(current) {
+                    current += 1;
+                }
+                gpus[i] = order[current];
+            }
+            let gpu = gpus[i];
+            if used[gpu] == 0 {
+                bytes += self.gpu_base;
+            }
+            used[gpu] += bytes;
+        }
+        if problem.tied && levels[0] > 0 && head_level > 0 {
+            // One copy serves both where they share a GPU; the embedding follows the head.
+            let head_gpu = gpus[levels.len() - 1];
+            if problem.fixed[0].is_some_and(|(_, gpu)| gpu.is_some_and(|g| g != head_gpu)) {
+                used[gpus[0]] += self.cell(0, 0, 1).gpu_bytes;
+            } else {
+                if gpus[0] != head_gpu && used[gpus[0]] == self.gpu_base {
+                    used[gpus[0]] = 0;
+                }
+                gpus[0] = head_gpu;
+            }
+        }
+        let n_used = used.iter().filter(|u| **u > 0).count();
+        let cpu_used = levels.iter().zip(blocks).any(|(&level, b)| level < max_level(b));
+        host += self.host_base[n_used] + if cpu_used { self.host_scratch } else { 0 };
+        let excess = used.iter().zip(&problem.vram).map(|(u, v)| u.saturating_sub(*v)).sum::<u64>()
+            + host.saturating_sub(problem.ram);
+        if excess > 0 {
+            return Err(Overflow { gpus: used, host, excess });
+        }
+        let times = self.timed(levels, &gpus, n_used > 0);
+        let prompt_streams = self.sizes.stream && times.streamed < times.in_place;
+        Ok(Outcome {
+            levels: levels.to_vec(),
+            gpus,
+            sizes: self.sizes,
+            decode_s: times.decode,
+            prompt_s: self.n_batches * if prompt_streams { times.streamed } else { times.in_place },
+            prompt_streams,
+        })
+    }
+
+    /// Times of a placement.
+    fn timed(&self, levels: &[Level], gpus: &[usize], any_gpu: bool) -> Times {
+        let problem = self.problem;
+        let (blocks, facts) = (&problem.model.blocks, problem.facts);
+        let position = |gpu: usize| problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
+        let bytes_of_x = (4 * self.batch_tokens * problem.model.n_embd) as f64;
+        let (mut decode, mut prompt, mut streamed) = (0.0, 0.0, 0.0);
+        let (mut stream_compute, mut stream_copy) = (0.0, 0.0f64);
+        let mut home_before = None;
+        for (i, &level) in levels.iter().enumerate() {
+            let home = (level > 0).then_some(gpus[i]);
+            let cell = self.cell(home.map_or(0, position), i, level);
+            let is_split = level > 0 && level < max_level(&blocks[i]);
+            let crossing = i > 0 && home != home_before;
+            let gpu = home.or(home_before).map(|g| &facts.gpus[g]);
+            if let Some(gpu) = gpu.filter(|_| is_split || crossing) {
+                let hops = if is_split { 2.0 } else { 0.0 } + if crossing { 1.0 } else { 0.0 };
+                decode += hops / 2.0 * gpu.handoff_us * 1e-6;
+                let copies = hops * bytes_of_x / gpu.pinned_gb_per_s / 1e9;
+                prompt += copies;
+                streamed += if crossing { bytes_of_x / gpu.pinned_gb_per_s / 1e9 } else { 0.0 };
+            }
+            decode += cell.decode[0].max(cell.decode[1]);
+            let computed = cell.prompt[0].max(cell.prompt[1]);
+            prompt += computed;
+            // Weights of a block without a home on a GPU are streamed to the first one.
+            let streams_to = home.or(problem.order.first().copied());
+            match streams_to.filter(|_| cell.streamed.is_finite()) {
+                Some(gpu) => {
+                    stream_compute += cell.streamed;
+                    stream_copy += cell.stream_bytes / facts.gpus[gpu].pinned_gb_per_s / 1e9;
+                }
+                None if home.is_some() => stream_compute += computed,
+                None => streamed += computed,
+            }
+            home_before = home;
+        }
+        streamed += stream_compute.max(stream_copy);
+        if any_gpu {
+            decode += Rates::Gpu(&facts.gpus[problem.order[0]]).fixed_seconds(problem.model.n_vocab);
+        }
+        if levels[levels.len() - 1] == 0 {
+            let cpu = Rates::Cpu { host: &facts.host, threads: problem.threads };
+            decode += cpu.fixed_seconds(problem.model.n_vocab);
+        }
+        let streamed = if stream_copy > 0.0 { streamed } else { f64::INFINITY };
+        Times { decode, in_place: prompt, streamed }
+    }
+}
+
+/// The smallest prompt batch for which streaming the host's weights is faster than computing in place.
+pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> Option<usize> {
+    let pays = |n_tokens: usize| {
+        let workload = Workload { prompt: n_tokens, ..problem.wishes.workload };
+        let wishes = Wishes { workload, ..problem.wishes.clone() };
+        let times = Tables::new(&Problem { wishes: &wishes, ..problem.clone() }, outcome.sizes).timed(
+            &outcome.levels,
+            &outcome.gpus,
+            true,
+        );
+        times.streamed < times.in_place
+    };
+    let (mut no, mut yes) = (1, outcome.sizes.n_batch);
+    if !pays(yes) {
+        return None;
+    }
+    while yes - no > 1 {
+        let middle = no.midpoint(yes);
+        if pays(middle) { yes = middle } else { no = middle }
+    }
+    Some(yes)
+}
+
+/// Changes of the wishes that make the model fit, nearest first, each with its predicted rates.
+pub(super) fn options(model: &Model, facts: &Machine, wishes: &Wishes) -> Vec<Alternative> {
+    let solve = |wishes: &Wishes| Problem::new(model, facts, wishes).and_then(|p| p.solve()).ok();
+    let mut found: Vec<Alternative> = Vec::new();
+    let mut offer = |change: String, wishes: &Wishes| {
+        let Some(outcome) = solve(wishes) else { return false };
+        found.push(Alternative {
+            change,
+            prompt_tok_s: wishes.workload.prompt as f64 / outcome.prompt_s,
+            generate_tok_s: 1.0 / outcome.decode_s,
+        });
+        true
+    };
+    if let Some(n) = wishes.gpu_layers {
+        // Fewer layers take less of the GPU; the largest number that fits.
+        let with = |n: usize| Wishes { gpu_layers: Some(n), ..wishes.clone() };
+        if let Some(fits) = (0..n.min(model.n_layers + 1)).rev().find(|&n| solve(&with(n)).is_some()) {
+            offer(format!("--gpu-layers {fits}"), &with(fits));
+        }
+        offer("without --gpu-layers".into(), &Wishes { gpu_layers: None, ..wishes.clone() });
+    }
+    if !wishes.place.is_empty() {
+        offer("without --place".into(), &Wishes { place: Vec::new(), ..wishes.clone() });
+    }
+    if !wishes.vram.is_empty() {
+        offer("without --vram".into(), &Wishes { vram: Vec::new(), ..wishes.clone() });
+    }
+    if wishes.ram.is_some() {
+        offer("without --ram".into(), &Wishes { ram: None, ..wishes.clone() });
+    }
+    let defaults = match Problem::new(model, facts, wishes) {
+        Ok(problem) => problem.sizes(),
+        Err(_) => return found,
+    };
+    // Smaller context, KV and batch, alone and together.
+    let bf16 = Wishes { kv_dtype: Some(KvDtype::Bf16), ..wishes.clone() };
+    let is_f32 = defaults.kv_dtype == KvDtype::F32;
+    if is_f32 {
+        offer("--kv-dtype bf16".into(), &bf16);
+    }
+    let smaller = |wishes: &Wishes, n_ctx: usize| Wishes { n_ctx: Some(n_ctx), ..wishes.clone() };
+    let halves = || std::iter::successors(Some(defaults.n_ctx / 2), |n| Some(n / 2)).take_while(|n| *n >= 256);
+    if let Some(n) = halves().find(|&n| solve(&smaller(wishes, n)).is_some()) {
+        offer(format!("--ctx {n}"), &smaller(wishes, n));
+    } else if let Some(n) = halves().find(|&n| is_f32 && solve(&smaller(&bf16, n)).is_some()) {
+        offer(format!("--kv-dtype bf16 --ctx {n}"), &smaller(&bf16, n));
+    }
+    if wishes.n_batch.is_none_or(|n| n > 64) {
+        let least = Wishes { n_batch: Some(64), ..wishes.clone() };
+        if !offer("--batch 64".into(), &least) {
+            let tight = Wishes { n_batch: Some(64), ..smaller(&bf16, 256.min(defaults.n_ctx)) };
+            offer(format!("--kv-dtype bf16 --ctx {} --batch 64", 256.min(defaults.n_ctx)), &tight);
+        }
+    }
+    found
+}
