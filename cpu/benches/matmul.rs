@@ -42,20 +42,20 @@ fn read_roof(pool: &rayon::ThreadPool, threads: usize) -> f64 {
     COLD_BYTES as f64 / seconds[0] / 1e9
 }
 
-/// 8-bit multiply-adds into 32-bit sums, 64 independent registers' worth, all operands in registers.
+/// 8-bit multiply-adds into 32-bit sums, enough of them to hide their latency, all operands in registers.
 #[cfg(target_arch = "x86_64")]
 mod integer {
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    pub const ROUNDS: usize = 2_000_000;
+    pub const ROUNDS: usize = 500_000;
 
     /// Multiply-adds of one call.
-    pub const AVX2_OPS: usize = ROUNDS * 8 * 32;
+    pub const AVX2_OPS: usize = ROUNDS * 12 * 32;
     #[target_feature(enable = "avx2")]
     pub fn avx2() {
         let (w, x, ones) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(5)), _mm256_set1_epi16(1));
-        let mut sums = [_mm256_setzero_si256(); 8];
+        let mut sums = [_mm256_setzero_si256(); 12];
         for _ in 0..ROUNDS {
             for s in &mut sums {
                 // Depends on the sum, so that it is not moved out of the loop.
@@ -86,10 +86,10 @@ fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
     let (ops, seconds) = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 7, |_| unsafe { integer::avx2() })),
+        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::Avx512 => (integer::AVX512_OPS, time(pool, 7, |_| unsafe { integer::avx512() })),
+        Isa::Avx512 => (integer::AVX512_OPS, time(pool, 30, |_| unsafe { integer::avx512() })),
         _ => return f64::NAN,
     };
     (ops * threads) as f64 / seconds[0] / 1e9
@@ -105,11 +105,9 @@ fn matrix(ty: TensorType, n_rows: usize, n_cols: usize, isa: Isa) -> Matrix {
     Matrix::pack_rows(&weight, 0..n_rows, &source, isa)
 }
 
-const FORMS: Forms = Forms { floats: true, codes: true };
-
-fn activations(n_rows: usize, n_cols: usize) -> ActivationBuffer {
-    let buffer = ActivationBuffer::new(n_rows * n_cols, FORMS).expect("memory");
-    let x = buffer.view(0, n_rows, n_cols, FORMS);
+fn activations(ty: TensorType, n_rows: usize, n_cols: usize) -> ActivationBuffer {
+    let buffer = ActivationBuffer::new(n_rows * n_cols, Forms::of(ty)).expect("memory");
+    let x = buffer.view(0, n_rows, n_cols, Forms::of(ty));
     for row in 0..n_rows {
         // SAFETY: one thread.
         unsafe { x.write(row, 0, &Rng::new(row as u64).normals(n_cols, 1.0)) };
@@ -147,7 +145,7 @@ fn main() {
             let row_bytes = ty.row_bytes(n_cols).expect("whole blocks");
             let cold = matrix(ty, COLD_BYTES / row_bytes, n_cols, isa);
             let run = |m: &Matrix, x: &ActivationBuffer, n_rows: usize, n: usize| {
-                let x = x.view(0, n_rows, n_cols, FORMS);
+                let x = x.view(0, n_rows, n_cols, Forms::of(ty));
                 let mut out = vec![0f32; m.n_rows() * n_rows];
                 let ptr = out.as_mut_ptr() as usize;
                 time(&pool, n, |i| {
@@ -156,14 +154,14 @@ fn main() {
                     m.mul(part(m.n_panels(), i, threads), &x, &out);
                 })
             };
-            let seconds = run(&cold, &activations(1, n_cols), 1, 7);
+            let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 7);
             let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
             let (best, median) = (rate(seconds[0]), rate(seconds[3]));
             print!("{:7} {n_cols:4} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
-            let warm = matrix(ty, 3584 * 1024 / n_cols, n_cols, isa);
+            let warm = matrix(ty, 256 * threads, n_cols, isa);
             for n_rows in [2, 4, 8, 64, 512] {
-                let seconds = run(&warm, &activations(n_rows, n_cols), n_rows, if n_rows < 64 { 15 } else { 5 });
+                let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 64 { 60 } else { 25 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
                 print!(" {rate:6.1}");
                 if n_rows == 512 {

@@ -1,68 +1,151 @@
-//! Rows of activations prepared for [`crate::Matrix::mul`]: as they are (f32), and rounded to 8 bits in
-//! blocks of 32 for quantised weights. Owns the rounding and the layout; refuses nothing, its sizes are
+//! Rows of activations prepared for [`crate::Matrix::mul`]: as they are (f32), and rounded to 8 bits in blocks of 32 or of
+//! 256 columns, whichever the weights' blocks are. Owns the rounding and the layout; refuses nothing, its sizes are
 //! the caller's promise and are asserted.
 
+use crate::Isa;
 use std::cell::UnsafeCell;
 use std::collections::TryReserveError;
 use tandem_spec::TensorType;
 
-/// Elements that share a scale.
+/// Columns of a [`Block`].
 pub const BLOCK_LEN: usize = 32;
+/// Columns of a [`SuperBlock`].
+pub const SUPER_BLOCK_LEN: usize = 256;
 
 /// 32 activations: `x[i] = scale * codes[i]`. The sums pay for the offsets of unsigned weight codes.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Block {
     /// Largest magnitude of the block over 127.
     pub scale: f32,
-    /// `scale * (half_sums[0] + half_sums[1])`.
+    /// `scale` times the sum of the codes.
     pub sum: f32,
-    /// Sums of `codes[..16]` and `codes[16..]`.
-    pub half_sums: [i16; 2],
+    /// Sum of the codes.
+    pub code_sum: i32,
     /// Rounded to nearest, -127 to 127.
     pub codes: [i8; BLOCK_LEN],
 }
 
-const _: () = assert!(size_of::<Block>() == 44);
+/// 256 activations: `x[i] = scale * codes[i]`. One scale for the columns of a K-quant block lets kernels add up its
+/// products in integers.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct SuperBlock {
+    /// Largest magnitude of the block over 127.
+    pub scale: f32,
+    /// Sums of 32 codes each.
+    pub sums_32: [i16; 8],
+    /// Sums of 16 codes each.
+    pub sums_16: [i16; 16],
+    /// Rounded to nearest, -127 to 127.
+    pub codes: [i8; SUPER_BLOCK_LEN],
+}
+
+// Kernels read four codes, or two sums, as one aligned 32-bit number.
+const _: () = assert!(size_of::<Block>() == 44 && size_of::<SuperBlock>() == 308);
+
+/// Rounds `x` to multiples of the scale returned. A NaN makes the scale NaN, an infinity makes products NaN.
+#[inline(always)]
+fn round<const N: usize>(x: &[f32; N], codes: &mut [i8; N]) -> f32 {
+    // Magnitudes order like their bits, and NaN comes last.
+    let max = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() as i32 & i32::MAX)) as u32);
+    let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+    // 1.5 * 2^23: adding it leaves the nearest integer (ties to even) in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    for (code, v) in codes.iter_mut().zip(x) {
+        *code = (v * inverse + ROUND).to_bits() as i8;
+    }
+    max / 127.0
+}
+
+#[inline(always)]
+fn sum(codes: &[i8]) -> i16 {
+    codes.iter().map(|c| i16::from(*c)).sum()
+}
 
 impl Block {
-    /// Rounds 32 values to 8 bits.
-    #[inline]
-    pub fn quantise(x: &[f32; BLOCK_LEN]) -> Self {
-        let max = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-        let scale = max / 127.0;
-        let inverse = if scale > 0.0 { 127.0 / max } else { 0.0 };
-        // 1.5 * 2^23: adding it leaves the nearest integer (ties to even) in the low mantissa bits.
-        const ROUND: f32 = 12_582_912.0;
-        let mut codes = [0i8; BLOCK_LEN];
-        for (c, v) in codes.iter_mut().zip(x) {
-            *c = (v * inverse + ROUND).to_bits() as i8;
-        }
-        let sum = |c: &[i8]| c.iter().map(|v| i16::from(*v)).sum::<i16>();
-        let half_sums = [sum(&codes[..16]), sum(&codes[16..])];
-        let sum = scale * (i32::from(half_sums[0]) + i32::from(half_sums[1])) as f32;
-        Self { scale, sum, half_sums, codes }
+    const ZERO: Self = Self { scale: 0.0, sum: 0.0, code_sum: 0, codes: [0; BLOCK_LEN] };
+
+    #[inline(always)]
+    fn set(&mut self, x: &[f32; BLOCK_LEN]) {
+        self.scale = round(x, &mut self.codes);
+        self.code_sum = i32::from(sum(&self.codes));
+        self.sum = self.scale * self.code_sum as f32;
     }
 }
+
+impl SuperBlock {
+    const ZERO: Self = Self { scale: 0.0, sums_32: [0; 8], sums_16: [0; 16], codes: [0; SUPER_BLOCK_LEN] };
+
+    #[inline(always)]
+    fn set(&mut self, x: &[f32; SUPER_BLOCK_LEN]) {
+        self.scale = round(x, &mut self.codes);
+        for (sum_16, codes) in self.sums_16.iter_mut().zip(self.codes.as_chunks::<16>().0) {
+            *sum_16 = sum(codes);
+        }
+        for (sum_32, halves) in self.sums_32.iter_mut().zip(self.sums_16.as_chunks::<2>().0) {
+            *sum_32 = halves[0] + halves[1];
+        }
+    }
+}
+
+/// Rounds consecutive blocks of one row, `stride` blocks apart.
+macro_rules! round_blocks {
+    ($name:ident, $name_avx2:ident, $block:ty, $len:expr) => {
+        #[inline(always)]
+        unsafe fn $name(blocks: &[UnsafeCell<$block>], stride: usize, x: &[f32]) {
+            for (cell, x) in blocks.iter().step_by(stride).zip(x.as_chunks::<{ $len }>().0) {
+                // SAFETY: the caller promises that nobody else touches these blocks now.
+                unsafe { (*cell.get()).set(x) };
+            }
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn $name_avx2(blocks: &[UnsafeCell<$block>], stride: usize, x: &[f32]) {
+            // SAFETY: as the caller promises.
+            unsafe { $name(blocks, stride, x) }
+        }
+    };
+}
+
+round_blocks!(round_32, round_32_avx2, Block, BLOCK_LEN);
+round_blocks!(round_256, round_256_avx2, SuperBlock, SUPER_BLOCK_LEN);
 
 /// Which forms of the activations the matrices of a use read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forms {
     /// f32 rows: for weights in F32, F16, BF16.
     pub floats: bool,
-    /// 8-bit blocks: for quantised weights.
-    pub codes: bool,
+    /// 8 bits, a scale for 32 columns: for weights in blocks of 32, and IQ4_XS.
+    pub codes_32: bool,
+    /// 8 bits, a scale for 256 columns: for K-quants.
+    pub codes_256: bool,
 }
 
 impl Forms {
     /// The form that a weight of type `ty` is multiplied with.
     pub fn of(ty: TensorType) -> Self {
-        Self { floats: !ty.is_quantised(), codes: ty.is_quantised() }
+        let codes_256 = ty.row().block_len == SUPER_BLOCK_LEN && ty != TensorType::IQ4_XS;
+        Self { floats: !ty.is_quantised(), codes_32: ty.is_quantised() && !codes_256, codes_256 }
     }
 
     /// The forms of both.
     pub fn or(self, other: Self) -> Self {
-        Self { floats: self.floats || other.floats, codes: self.codes || other.codes }
+        Self {
+            floats: self.floats || other.floats,
+            codes_32: self.codes_32 || other.codes_32,
+            codes_256: self.codes_256 || other.codes_256,
+        }
+    }
+
+    /// Columns are written in multiples of this many, which begin at a multiple of it: 1, 32 or 256.
+    pub fn columns_together(self) -> usize {
+        match self {
+            Self { codes_256: true, .. } => SUPER_BLOCK_LEN,
+            Self { codes_32: true, .. } => BLOCK_LEN,
+            _ => 1,
+        }
     }
 }
 
@@ -70,50 +153,62 @@ impl Forms {
 pub struct ActivationBuffer {
     floats: Box<[UnsafeCell<f32>]>,
     blocks: Box<[UnsafeCell<Block>]>,
+    super_blocks: Box<[UnsafeCell<SuperBlock>]>,
 }
 
 // SAFETY: writes go through `Activations::write`, whose contract makes concurrent parts disjoint.
 unsafe impl Sync for ActivationBuffer {}
 
-fn cells<T: Clone + Default>(n: usize) -> Result<Box<[UnsafeCell<T>]>, TryReserveError> {
+fn cells<T: Copy>(n: usize, value: T) -> Result<Box<[UnsafeCell<T>]>, TryReserveError> {
     let mut cells = Vec::new();
     cells.try_reserve_exact(n)?;
-    cells.extend((0..n).map(|_| UnsafeCell::new(T::default())));
+    cells.extend((0..n).map(|_| UnsafeCell::new(value)));
     Ok(cells.into_boxed_slice())
 }
 
 impl ActivationBuffer {
     /// Memory for `max_elements` = rows x columns elements in `forms`, or an error where there is not enough.
     pub fn new(max_elements: usize, forms: Forms) -> Result<Self, TryReserveError> {
-        let floats = cells(if forms.floats { max_elements } else { 0 })?;
-        let blocks = cells(if forms.codes { max_elements / BLOCK_LEN } else { 0 })?;
-        Ok(Self { floats, blocks })
+        let n = |wanted: bool, len: usize| if wanted { max_elements / len } else { 0 };
+        Ok(Self {
+            floats: cells(n(forms.floats, 1), 0.0)?,
+            blocks: cells(n(forms.codes_32, BLOCK_LEN), Block::ZERO)?,
+            super_blocks: cells(n(forms.codes_256, SUPER_BLOCK_LEN), SuperBlock::ZERO)?,
+        })
     }
 
     /// Bytes that [`ActivationBuffer::new`] allocates.
     pub fn n_bytes(max_elements: usize, forms: Forms) -> usize {
         usize::from(forms.floats) * max_elements * size_of::<f32>()
-            + usize::from(forms.codes) * (max_elements / BLOCK_LEN) * size_of::<Block>()
+            + usize::from(forms.codes_32) * (max_elements / BLOCK_LEN) * size_of::<Block>()
+            + usize::from(forms.codes_256) * (max_elements / SUPER_BLOCK_LEN) * size_of::<SuperBlock>()
     }
 
-    /// Rows `[n_rows, n_cols]` in `forms`, in the memory from element `start` on. With codes, `start` and `n_cols`
-    /// are multiples of 32. Views of the same part of the buffer and of the same shape show the same rows.
+    /// Rows `[n_rows, n_cols]` in `forms`, in the memory from element `start` on; `start` and `n_cols` are multiples of
+    /// [`Forms::columns_together`]. Views of the same part of the buffer and of the same shape show the same rows.
     pub fn view(&self, start: usize, n_rows: usize, n_cols: usize, forms: Forms) -> Activations<'_> {
-        let end = start + n_rows * n_cols;
-        let fits =
-            |n: usize| assert!(end <= n, "activations {start} + [{n_rows}, {n_cols}] exceed their buffer of {n}");
-        if forms.floats {
-            fits(self.floats.len());
+        let together = forms.columns_together();
+        assert!(n_cols.is_multiple_of(together), "{n_cols} columns are not whole blocks of {together}");
+        assert!(start.is_multiple_of(together), "activations at {start} start inside a block of {together}");
+        Activations {
+            forms,
+            n_rows,
+            n_cols,
+            floats: part(&self.floats, forms.floats, 1, start, n_rows * n_cols),
+            blocks: part(&self.blocks, forms.codes_32, BLOCK_LEN, start, n_rows * n_cols),
+            super_blocks: part(&self.super_blocks, forms.codes_256, SUPER_BLOCK_LEN, start, n_rows * n_cols),
         }
-        if forms.codes {
-            assert!(n_cols.is_multiple_of(BLOCK_LEN), "{n_cols} columns are not whole blocks of {BLOCK_LEN}");
-            assert!(start.is_multiple_of(BLOCK_LEN), "activations at {start} start inside a block");
-            fits(self.blocks.len() * BLOCK_LEN);
-        }
-        let floats: &[_] = if forms.floats { &self.floats[start..end] } else { &[] };
-        let blocks: &[_] = if forms.codes { &self.blocks[start / BLOCK_LEN..end / BLOCK_LEN] } else { &[] };
-        Activations { forms, n_rows, n_cols, floats, blocks }
     }
+}
+
+/// Elements `start .. start + n` of a form stored `len` elements a cell, if it is wanted.
+fn part<T>(cells: &[UnsafeCell<T>], wanted: bool, len: usize, start: usize, n: usize) -> &[UnsafeCell<T>] {
+    if !wanted {
+        return &[];
+    }
+    let range = start / len..(start + n) / len;
+    assert!(range.end <= cells.len(), "activations {start} + {n} exceed their buffer of {}", cells.len() * len);
+    &cells[range]
 }
 
 /// Rows of activations `[n_rows, n_cols]` in an [`ActivationBuffer`]. Different workers may write different parts
@@ -127,6 +222,8 @@ pub struct Activations<'a> {
     floats: &'a [UnsafeCell<f32>],
     /// `[n_cols / 32, n_rows]`, or empty: block-major, so that a kernel streams the rows of one block of columns.
     blocks: &'a [UnsafeCell<Block>],
+    /// `[n_cols / 256, n_rows]`, or empty.
+    super_blocks: &'a [UnsafeCell<SuperBlock>],
 }
 
 // SAFETY: as for the buffer.
@@ -145,26 +242,50 @@ impl Activations<'_> {
         self.n_cols
     }
 
-    /// Stores `values` at columns `col..` of `row`, in every form. With codes, `col` and the length are
-    /// multiples of 32.
+    /// Stores `values` at columns `col..` of `row`, in every form; `col` and the length are multiples of
+    /// [`Forms::columns_together`].
     ///
     /// # Safety
     /// While it runs, no other thread reads or writes these elements.
-    #[inline]
     pub unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
         assert!(row < self.n_rows && col + values.len() <= self.n_cols, "write outside of the activations");
+        let together = self.forms.columns_together();
+        assert!(
+            col.is_multiple_of(together) && values.len().is_multiple_of(together),
+            "write of {} columns at {col}, not whole blocks of {together}",
+            values.len()
+        );
+        if values.is_empty() {
+            return;
+        }
         if self.forms.floats {
             for (cell, v) in self.floats[row * self.n_cols + col..].iter().zip(values) {
                 // SAFETY: the caller promises that nobody else touches these elements now.
                 unsafe { *cell.get() = *v };
             }
         }
-        if self.forms.codes {
-            assert!(col.is_multiple_of(BLOCK_LEN) && values.len().is_multiple_of(BLOCK_LEN), "write of half a block");
-            for (i, chunk) in values.as_chunks::<BLOCK_LEN>().0.iter().enumerate() {
-                let cell = &self.blocks[(col / BLOCK_LEN + i) * self.n_rows + row];
-                // SAFETY: as above.
-                unsafe { *cell.get() = Block::quantise(chunk) };
+        #[cfg(target_arch = "x86_64")]
+        let avx2 = Isa::Avx2.is_available();
+        #[cfg(not(target_arch = "x86_64"))]
+        let avx2 = false;
+        if self.forms.codes_32 {
+            let blocks = &self.blocks[col / BLOCK_LEN * self.n_rows + row..];
+            match avx2 {
+                // SAFETY: the processor has the features; nobody else touches these blocks now.
+                #[cfg(target_arch = "x86_64")]
+                true => unsafe { round_32_avx2(blocks, self.n_rows, values) },
+                // SAFETY: nobody else touches these blocks now.
+                _ => unsafe { round_32(blocks, self.n_rows, values) },
+            }
+        }
+        if self.forms.codes_256 {
+            let blocks = &self.super_blocks[col / SUPER_BLOCK_LEN * self.n_rows + row..];
+            match avx2 {
+                // SAFETY: the processor has the features; nobody else touches these blocks now.
+                #[cfg(target_arch = "x86_64")]
+                true => unsafe { round_256_avx2(blocks, self.n_rows, values) },
+                // SAFETY: nobody else touches these blocks now.
+                _ => unsafe { round_256(blocks, self.n_rows, values) },
             }
         }
     }
@@ -177,7 +298,13 @@ impl Activations<'_> {
 
     /// First of the blocks `[n_cols / 32, n_rows]`.
     pub(crate) fn blocks(&self) -> *const Block {
-        assert!(self.forms.codes, "these activations were made without 8-bit blocks");
+        assert!(self.forms.codes_32, "these activations were made without blocks of 32");
         self.blocks.as_ptr().cast()
+    }
+
+    /// First of the blocks `[n_cols / 256, n_rows]`.
+    pub(crate) fn super_blocks(&self) -> *const SuperBlock {
+        assert!(self.forms.codes_256, "these activations were made without blocks of 256");
+        self.super_blocks.as_ptr().cast()
     }
 }

@@ -29,7 +29,7 @@ use tandem_spec::{TensorSource, TensorType, Weight};
 /// Rows of a panel.
 pub fn panel_rows(isa: Isa) -> usize {
     match isa {
-        Isa::Avx512 => 8,
+        Isa::Avx512 => 16,
         Isa::Avx2 | Isa::Portable => 8,
     }
 }

@@ -29,41 +29,29 @@ pub(super) struct Mxfp4;
 impl Quant for Iq4Nl {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Signed<S> {
         // SAFETY: as the trait asks.
-        unsafe { Signed { w: lookup::<S>(&IQ4_VALUES, p.add(2 * S::LANES)), scale: S::load_f16(p) } }
+        unsafe { Signed::new(&lookup::<S>(&IQ4_VALUES, p.add(2 * S::LANES)), S::load_f16(p)) }
     }
 }
 
 impl Quant for Iq4Xs {
     const BLOCK_BYTES: usize = 136;
     const TILES: usize = 8;
-    /// d, scales_h
-    type Head<S: Simd> = (S::F, S::V);
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(p: *const u8) -> (S::F, S::V) {
-        // SAFETY: as the trait asks.
-        unsafe { (S::load_f16(p), S::load_u16(p.add(2 * S::LANES))) }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, (d, scales_h): &(S::F, S::V), k: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Signed<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let low = S::shr16(S::load_u8(p.add((4 + k / 2) * S::LANES)), 4 * (k as u32 % 2));
-            let high = S::and(S::shr16(*scales_h, 2 * k as u32), S::splat_i32(3));
+            let high = S::and(S::shr16(S::load_u16(p.add(2 * S::LANES)), 2 * k as u32), S::splat_i32(3));
             let scale = S::or(S::and(low, S::splat_i32(15)), S::shl16(high, 4));
             let scale = S::to_f32(S::sub_i32(scale, S::splat_i32(32)));
-            Signed { w: lookup::<S>(&IQ4_VALUES, p.add((8 + 16 * k) * S::LANES)), scale: S::mul(*d, scale) }
+            Signed::new(&lookup::<S>(&IQ4_VALUES, p.add((8 + 16 * k) * S::LANES)), S::mul(S::load_f16(p), scale))
         }
     }
 }
@@ -71,14 +59,10 @@ impl Quant for Iq4Xs {
 impl Quant for Mxfp4 {
     const BLOCK_BYTES: usize = 17;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::exp2_minus_128(S::load_u8(p));

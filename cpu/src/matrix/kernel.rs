@@ -1,25 +1,24 @@
 //! Panels times activations: walks panels, blocks and rows of activations, whatever the type and the instruction set.
-//! A type decodes 32 columns of a panel at a time into a [`Tile`]; the tile stays in registers while it is
-//! applied to a row of activations after the other.
+//! A type decodes 32 columns of a panel at a time into eight vectors of codes; they stay in registers while
+//! they are applied to one row of activations after the other.
 
-use super::simd::Simd;
+use super::simd::{MAX_LANES, Simd, portable::Portable};
 #[cfg(target_arch = "x86_64")]
-use super::simd::avx2::Avx2;
-use super::simd::portable::Portable;
+use super::simd::{avx2::Avx2, avx512::Avx512};
 use super::{Matrix, OutRows};
 use crate::Isa;
-use crate::activations::{Activations, BLOCK_LEN, Block};
+use crate::activations::{Activations, BLOCK_LEN, Block, SUPER_BLOCK_LEN, SuperBlock};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use tandem_spec::TensorType;
 
-/// Columns 32 wide of a panel, decoded.
-pub(super) trait Tile<S: Simd>: Copy {
+/// 32 columns of a panel whose scales belong to these columns alone.
+pub(super) trait Tile<S: Simd> {
     /// `acc + self . x` for each row of the panel.
     unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F;
 }
 
 /// `weight = scale * code + offset` with unsigned codes of at most `BITS` <= 6 bits.
-#[derive(Clone, Copy)]
 pub(super) struct Affine<S: Simd, const BITS: u32> {
     /// Codes `[8, LANES, 4]`.
     pub w: [S::V; 8],
@@ -33,17 +32,24 @@ impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
         // SAFETY: the caller has the instruction set and a valid block.
         unsafe {
             let acc = S::fma(self.offset, S::splat((*x).sum), acc);
-            S::fma(S::dot::<BITS>(&self.w, x), S::mul(self.scale, S::splat((*x).scale)), acc)
+            S::fma(S::dot(BITS, &self.w, x), S::mul(self.scale, S::splat((*x).scale)), acc)
         }
     }
 }
 
 /// `weight = scale * code` with signed 8-bit codes.
-#[derive(Clone, Copy)]
 pub(super) struct Signed<S: Simd> {
-    /// Codes `[8, LANES, 4]`.
-    pub w: [S::V; 8],
-    pub scale: S::F,
+    w: S::Signed,
+    scale: S::F,
+}
+
+impl<S: Simd> Signed<S> {
+    /// Codes `w` `[8, LANES, 4]`.
+    #[inline(always)]
+    pub unsafe fn new(w: &[S::V; 8], scale: S::F) -> Self {
+        // SAFETY: the caller has the instruction set.
+        unsafe { Self { w: S::signed(w), scale } }
+    }
 }
 
 impl<S: Simd> Tile<S> for Signed<S> {
@@ -54,60 +60,53 @@ impl<S: Simd> Tile<S> for Signed<S> {
     }
 }
 
-/// `weight = scale * halves[column / 16] * (code - OFFSET)` with unsigned codes of at most `BITS` <= 6 bits.
-#[derive(Clone, Copy)]
-pub(super) struct Halved<S: Simd, const BITS: u32, const OFFSET: i32> {
-    /// Codes `[8, LANES, 4]`.
-    pub w: [S::V; 8],
-    pub halves: S::Halves,
-    pub scale: S::F,
-}
-
-impl<S: Simd, const BITS: u32, const OFFSET: i32> Tile<S> for Halved<S, BITS, OFFSET> {
-    #[inline(always)]
-    unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F {
-        // SAFETY: the caller has the instruction set and a valid block.
-        unsafe {
-            let dot = S::dot_halves::<BITS, OFFSET>(&self.w, self.halves, x);
-            S::fma(dot, S::mul(self.scale, S::splat((*x).scale)), acc)
-        }
-    }
-}
-
-/// A [`Halved`] tile and a minimum per half: `weight = tile + min_scale * mins[column / 16]`.
-#[derive(Clone, Copy)]
-pub(super) struct HalvedMin<S: Simd, const BITS: u32> {
-    pub tile: Halved<S, BITS, 0>,
-    pub mins: S::Halves,
-    pub min_scale: S::F,
-}
-
-impl<S: Simd, const BITS: u32> Tile<S> for HalvedMin<S, BITS> {
-    #[inline(always)]
-    unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F {
-        // SAFETY: the caller has the instruction set and a valid block.
-        unsafe {
-            let min_scale = S::mul(self.min_scale, S::splat((*x).scale));
-            self.tile.apply(x, S::fma(S::dot_half_sums(self.mins, x), min_scale, acc))
-        }
-    }
-}
-
-/// A quantised type: how its packed blocks become tiles.
+/// A quantised type that is multiplied with activations in blocks of 32.
 pub(super) trait Quant {
     /// Bytes of a block of one row.
     const BLOCK_BYTES: usize;
     /// Tiles of a block: its columns / 32.
     const TILES: usize;
-    /// What the tiles of a block have in common.
-    type Head<S: Simd>;
-    /// A tile.
+    /// Decoded columns.
     type Tile<S: Simd>: Tile<S>;
 
-    /// Decodes what the tiles of the packed block at `p` have in common.
-    unsafe fn head<S: Simd>(p: *const u8) -> Self::Head<S>;
     /// Decodes tile `k` of the packed block at `p`.
-    unsafe fn tile<S: Simd>(p: *const u8, head: &Self::Head<S>, k: usize) -> Self::Tile<S>;
+    unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Self::Tile<S>;
+}
+
+/// Scales of a packed K-quant block of 256 columns.
+pub(super) struct Scales<S: Simd> {
+    /// Scale of the integer scales.
+    pub d: S::F,
+    /// Scale of the minima (or offsets), to be added.
+    pub min_d: S::F,
+    /// `[16, LANES]`, or `[8, LANES]` where 32 columns share a scale.
+    pub scales: [MaybeUninit<i8>; 16 * MAX_LANES],
+    /// Likewise.
+    pub mins: [MaybeUninit<i8>; 16 * MAX_LANES],
+}
+
+impl<S: Simd> Scales<S> {
+    #[inline(always)]
+    pub fn new(d: S::F, min_d: S::F) -> Self {
+        let none = [MaybeUninit::uninit(); 16 * MAX_LANES];
+        Self { d, min_d, scales: none, mins: none }
+    }
+}
+
+/// A K-quant: `weight = d * scale * code + min_d * min`, with integer scales and minima of 16 or 32 columns each; it is
+/// multiplied with activations in blocks of 256, so that everything but `d` and `min_d` is summed in integers.
+pub(super) trait SuperQuant {
+    /// Bytes of a block of one row.
+    const BLOCK_BYTES: usize;
+    /// Bits of the unsigned codes, at most 6.
+    const BITS: u32;
+    /// Whether scales belong to 16 columns, not 32.
+    const HALVES: bool;
+
+    /// Decodes the scales of the packed block at `p`: all 16 (or 8) of both kinds.
+    unsafe fn scales<S: Simd>(p: *const u8) -> Scales<S>;
+    /// Codes `[8, LANES, 4]` of columns `32 k ..` of the packed block at `p`.
+    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8];
 }
 
 /// A float type: how its packed elements become f32.
@@ -118,46 +117,42 @@ pub(super) trait Float {
     unsafe fn load<S: Simd>(p: *const u8) -> S::F;
 }
 
-/// Rows of activations that share a decoded tile; their sums (`TOKENS * LANES` f32) stay in the first-level cache.
+/// Rows of activations that share decoded weights; their sums (`2 * TOKENS * LANES` f32) stay in the first-level cache.
 const TOKENS: usize = 32;
 
-/// Multiplies quantised panels.
+/// Multiplies panels of a type with scales of its own for every 32 columns.
 #[inline(always)]
 unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / (Q::TILES * BLOCK_LEN);
-    let (block_bytes, n_tokens, blocks) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.blocks());
-    let panel_of = |panel: usize| m.bytes()[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].as_ptr();
+    let (block_bytes, n_tokens, x) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.blocks());
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
-            // SAFETY: the pointers stay within the panel (its length was checked when it was sliced) and within the blocks
-            // `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared; the caller has the instruction set.
+            let blocks =
+                m.bytes()[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
+            // SAFETY: `x` walks the blocks `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared; the
+            // caller has the instruction set.
             unsafe {
-                let mut p = panel_of(panel);
-                let mut row = blocks.add(first);
+                let mut x = x.add(first);
                 if n == 1 {
                     let mut acc = S::zero();
-                    for _ in 0..n_blocks {
-                        let head = Q::head::<S>(p);
+                    for block in blocks {
                         for k in 0..Q::TILES {
-                            acc = Q::tile::<S>(p, &head, k).apply(row, acc);
-                            row = row.add(n_tokens);
+                            acc = Q::tile::<S>(block.as_ptr(), k).apply(x, acc);
+                            x = x.add(n_tokens);
                         }
-                        p = p.add(block_bytes);
                     }
                     store::<S>(out, first, panel, m.n_rows, acc);
                 } else {
                     let mut acc = [S::zero(); TOKENS];
-                    for _ in 0..n_blocks {
-                        let head = Q::head::<S>(p);
+                    for block in blocks {
                         for k in 0..Q::TILES {
-                            let tile = Q::tile::<S>(p, &head, k);
+                            let tile = Q::tile::<S>(block.as_ptr(), k);
                             for (t, acc) in acc[..n].iter_mut().enumerate() {
-                                *acc = tile.apply(row.add(t), *acc);
+                                *acc = tile.apply(x.add(t), *acc);
                             }
-                            row = row.add(n_tokens);
+                            x = x.add(n_tokens);
                         }
-                        p = p.add(block_bytes);
                     }
                     for (t, acc) in acc[..n].iter().enumerate() {
                         store::<S>(out, first + t, panel, m.n_rows, *acc);
@@ -165,6 +160,130 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                 }
             }
         }
+    }
+}
+
+/// Multiplies panels of a K-quant.
+#[inline(always)]
+unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+    let n_blocks = m.n_cols / SUPER_BLOCK_LEN;
+    let (block_bytes, n_tokens, x) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.super_blocks());
+    for first in (0..n_tokens).step_by(TOKENS) {
+        let n = TOKENS.min(n_tokens - first);
+        for panel in panels.clone() {
+            let blocks =
+                m.bytes()[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
+            // SAFETY: `x` walks the blocks `[n_cols / 256, n_tokens]` of the activations, whose columns `mul` compared; the
+            // caller has the instruction set.
+            unsafe {
+                let mut x = x.add(first);
+                if n == 1 {
+                    let mut acc = S::zero();
+                    for block in blocks {
+                        let p = block.as_ptr();
+                        let scales = Q::scales::<S>(p);
+                        let mut sum = S::no_sum();
+                        for k in 0..8 {
+                            sum = dot_tile::<S, Q>(&Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k), x, k, sum);
+                        }
+                        acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum, acc);
+                        x = x.add(n_tokens);
+                    }
+                    store::<S>(out, first, panel, m.n_rows, acc);
+                } else {
+                    let mut acc = [S::zero(); TOKENS];
+                    for block in blocks {
+                        let p = block.as_ptr();
+                        let scales = Q::scales::<S>(p);
+                        let mut sums = [S::no_sum(); TOKENS];
+                        for k in 0..8 {
+                            let (w, scales) = (Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k));
+                            for (t, sum) in sums[..n].iter_mut().enumerate() {
+                                *sum = dot_tile::<S, Q>(&w, scales, x.add(t), k, *sum);
+                            }
+                        }
+                        let pairs = pairs::<S, Q>(&scales);
+                        for (t, (acc, sum)) in acc[..n].iter_mut().zip(sums).enumerate() {
+                            *acc = finish::<S, Q>(&scales, &pairs, x.add(t), sum, *acc);
+                        }
+                        x = x.add(n_tokens);
+                    }
+                    for (t, acc) in acc[..n].iter().enumerate() {
+                        store::<S>(out, first + t, panel, m.n_rows, *acc);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scales of tile `k`, one for each half of its columns.
+#[inline(always)]
+unsafe fn tile_scales<S: Simd, Q: SuperQuant>(scales: &Scales<S>, k: usize) -> [S::Scale; 2] {
+    // SAFETY: the caller has the instruction set and scales that `Q` decoded; `k` is below 8.
+    unsafe {
+        let scales: *const i8 = scales.scales.as_ptr().cast();
+        if Q::HALVES {
+            let first = scales.add(2 * k * S::LANES);
+            [S::scale(first), S::scale(first.add(S::LANES))]
+        } else {
+            [S::scale(scales.add(k * S::LANES)); 2]
+        }
+    }
+}
+
+/// `sum + scale * code . x` over tile `k`.
+#[inline(always)]
+unsafe fn dot_tile<S: Simd, Q: SuperQuant>(
+    w: &[S::V; 8],
+    scales: [S::Scale; 2],
+    x: *const SuperBlock,
+    k: usize,
+    sum: S::Sum,
+) -> S::Sum {
+    // SAFETY: the caller has the instruction set and a valid block; `k` is below 8.
+    unsafe {
+        let x = (&raw const (*x).codes).cast::<i8>().add(k * BLOCK_LEN);
+        if Q::HALVES {
+            S::dot_scaled_halves(Q::BITS, w, scales, x, sum)
+        } else {
+            S::dot_scaled(Q::BITS, w, scales[0], x, sum)
+        }
+    }
+}
+
+/// Minima as 16-bit pairs: 8, or 4 where 32 columns share one.
+#[inline(always)]
+unsafe fn pairs<S: Simd, Q: SuperQuant>(scales: &Scales<S>) -> [S::V; 8] {
+    // SAFETY: the caller has the instruction set and scales that `Q` decoded.
+    unsafe {
+        let mins: *const i8 = scales.mins.as_ptr().cast();
+        let mut pairs = [S::splat_u8(0); 8];
+        for i in 0..if Q::HALVES { 8 } else { 4 } {
+            pairs[i] = S::pairs(mins.add(2 * i * S::LANES));
+        }
+        pairs
+    }
+}
+
+/// `acc +` the products of a block: its integer sums, scaled, and its minima times the sums of activations.
+#[inline(always)]
+unsafe fn finish<S: Simd, Q: SuperQuant>(
+    scales: &Scales<S>,
+    pairs: &[S::V; 8],
+    x: *const SuperBlock,
+    sum: S::Sum,
+    acc: S::F,
+) -> S::F {
+    // SAFETY: the caller has the instruction set and a valid block, which has sums for all pairs.
+    unsafe {
+        let mins = if Q::HALVES {
+            S::dot_pairs(pairs, (&raw const (*x).sums_16).cast())
+        } else {
+            S::dot_pairs(&pairs[..4], (&raw const (*x).sums_32).cast())
+        };
+        let products = S::fma(mins, scales.min_d, S::mul(S::sum_to_f32(sum), scales.d));
+        S::fma(products, S::splat((*x).scale), acc)
     }
 }
 
@@ -230,39 +349,39 @@ unsafe fn store<S: Simd>(out: &OutRows, token: usize, panel: usize, n_rows: usiz
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn quant_avx2<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    // SAFETY: the features are enabled.
-    unsafe { mul_quant::<Avx2, Q>(m, panels, x, out) }
+/// A family of kernels, compiled for each instruction set and chosen by the matrix's.
+macro_rules! family {
+    ($name:ident, $kind:ident, $body:ident) => {
+        fn $name<Q: $kind>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+            fn avx512<Q: $kind>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+                // SAFETY: the features are enabled.
+                unsafe { $body::<Avx512, Q>(m, panels, x, out) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2<Q: $kind>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+                // SAFETY: the features are enabled.
+                unsafe { $body::<Avx2, Q>(m, panels, x, out) }
+            }
+            match m.isa {
+                // SAFETY: packing checked that the processor has the instruction set.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { avx512::<Q>(m, panels, x, out) },
+                // SAFETY: packing checked that the processor has the instruction set.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { avx2::<Q>(m, panels, x, out) },
+                // SAFETY: plain Rust.
+                _ => unsafe { $body::<Portable, Q>(m, panels, x, out) },
+            }
+        }
+    };
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn float_avx2<W: Float>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    // SAFETY: the features are enabled.
-    unsafe { mul_float::<Avx2, W>(m, panels, x, out) }
-}
-
-fn quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    match m.isa {
-        // SAFETY: packing checked that the processor has the instruction set.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { quant_avx2::<Q>(m, panels, x, out) },
-        // SAFETY: plain Rust.
-        _ => unsafe { mul_quant::<Portable, Q>(m, panels, x, out) },
-    }
-}
-
-fn float<W: Float>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
-    match m.isa {
-        // SAFETY: packing checked that the processor has the instruction set.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { float_avx2::<W>(m, panels, x, out) },
-        // SAFETY: plain Rust.
-        _ => unsafe { mul_float::<Portable, W>(m, panels, x, out) },
-    }
-}
+family!(quant, Quant, mul_quant);
+family!(super_quant, SuperQuant, mul_super);
+family!(float, Float, mul_float);
 
 /// Chooses the kernel of the matrix's type and instruction set.
 pub(super) fn mul(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
@@ -276,11 +395,11 @@ pub(super) fn mul(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRo
         Q5_0 => quant::<super::q4_0::Q5_0>,
         Q5_1 => quant::<super::q4_0::Q5_1>,
         Q8_0 => quant::<super::q8_0::Q8_0>,
-        Q2_K => quant::<super::q2_k::Q2K>,
-        Q3_K => quant::<super::q3_k::Q3K>,
-        Q4_K => quant::<super::q4_k::Q4K>,
-        Q5_K => quant::<super::q4_k::Q5K>,
-        Q6_K => quant::<super::q6_k::Q6K>,
+        Q2_K => super_quant::<super::q2_k::Q2K>,
+        Q3_K => super_quant::<super::q3_k::Q3K>,
+        Q4_K => super_quant::<super::q4_k::Q4K>,
+        Q5_K => super_quant::<super::q4_k::Q5K>,
+        Q6_K => super_quant::<super::q6_k::Q6K>,
         IQ4_NL => quant::<super::iq4::Iq4Nl>,
         IQ4_XS => quant::<super::iq4::Iq4Xs>,
         MXFP4 => quant::<super::iq4::Mxfp4>,

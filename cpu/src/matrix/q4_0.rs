@@ -41,14 +41,10 @@ pub(super) struct Q5_1;
 impl Quant for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Affine<S, 4> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 4> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::load_f16(p);
@@ -60,14 +56,10 @@ impl Quant for Q4_0 {
 impl Quant for Q4_1 {
     const BLOCK_BYTES: usize = 20;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Affine<S, 4> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 4> {
         // SAFETY: as the trait asks.
         unsafe {
             Affine {
@@ -82,14 +74,10 @@ impl Quant for Q4_1 {
 impl Quant for Q5_0 {
     const BLOCK_BYTES: usize = 22;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::load_f16(p);
@@ -105,14 +93,10 @@ impl Quant for Q5_0 {
 impl Quant for Q5_1 {
     const BLOCK_BYTES: usize = 24;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
         // SAFETY: as the trait asks.
         unsafe {
             Affine {

@@ -1,27 +1,34 @@
-//! Q6_K: blocks of 256 in 8 tiles with two 8-bit scales each. Packed: d `[R]` f16; scales `[16, R]` i8; qh `[2, 8, R, 4]`,
-//! two bits for each of the four tiles of a half; ql `[2, 2, 8, R, 4]`, tiles s and s + 2 of a half in the low and
-//! high nibbles of `[half, s]`.
+//! Q6_K: blocks of 256 with an 8-bit scale for every 16 columns, codes less 32. Packed: d `[R]` f16; scales `[16, R]` i8; qh
+//! `[2, 8, R, 4]`, two bits for each 32 columns of a half; ql `[2, 2, 8, R, 4]`, columns `128 h + 32 s ..` in the low
+//! nibbles of `[h, s]`, columns `128 h + 64 + 32 s ..` in the high ones.
 
-use super::kernel::{Halved, Quant};
+use super::kernel::{Scales, SuperQuant};
 use super::simd::Simd;
 
 pub(super) struct Q6K;
 
-impl Quant for Q6K {
+impl SuperQuant for Q6K {
     const BLOCK_BYTES: usize = 210;
-    const TILES: usize = 8;
-    /// d
-    type Head<S: Simd> = S::F;
-    type Tile<S: Simd> = Halved<S, 6, 32>;
+    const BITS: u32 = 6;
+    const HALVES: bool = true;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(p: *const u8) -> S::F {
-        // SAFETY: as the trait asks.
-        unsafe { S::load_f16(p) }
+    unsafe fn scales<S: Simd>(p: *const u8) -> Scales<S> {
+        // SAFETY: as the trait asks; the arrays hold four vectors of `4 * LANES` bytes.
+        unsafe {
+            let d = S::load_f16(p);
+            let mut s = Scales::<S>::new(d, S::mul(d, S::splat(-32.0)));
+            for i in 0..4 {
+                let v = S::load(p.add((2 + 4 * i) * S::LANES));
+                S::store(s.scales.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), v);
+                S::store(s.mins.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), v);
+            }
+            s
+        }
     }
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, d: &S::F, k: usize) -> Self::Tile<S> {
+    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
         let (half, s) = (k / 4, k % 4);
         // SAFETY: as the trait asks.
         unsafe {
@@ -33,8 +40,7 @@ impl Quant for Q6K {
                 let high = S::shr16(S::load(p.add((qh + 4 * g) * S::LANES)), 2 * s as u32);
                 w[g] = S::or(S::and(low, low4), S::shl16(S::and(high, low2), 4));
             }
-            let scales = p.add((2 + 2 * k) * S::LANES).cast();
-            Halved { w, halves: S::halves(scales, scales.add(S::LANES)), scale: *d }
+            w
         }
     }
 }

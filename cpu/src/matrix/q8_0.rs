@@ -8,21 +8,17 @@ pub(super) struct Q8_0;
 impl Quant for Q8_0 {
     const BLOCK_BYTES: usize = 34;
     const TILES: usize = 1;
-    type Head<S: Simd> = ();
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn head<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: &(), _: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Signed<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let mut w = [S::splat_u8(0); 8];
             for g in 0..8 {
                 w[g] = S::load(p.add((2 + 4 * g) * S::LANES));
             }
-            Signed { w, scale: S::load_f16(p) }
+            Signed::new(&w, S::load_f16(p))
         }
     }
 }

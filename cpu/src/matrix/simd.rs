@@ -3,6 +3,8 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
 pub(super) mod portable;
 
 use crate::activations::Block;
@@ -23,8 +25,12 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// `[LANES]` f32.
     type F: Copy;
-    /// Integer scales `[LANES, 2]` of the two halves of 32 columns.
-    type Halves: Copy;
+    /// Signed 8-bit codes `[8, LANES, 4]`, prepared for many products.
+    type Signed: Copy;
+    /// Integer scales `[LANES]`.
+    type Scale: Copy;
+    /// Sums of scaled integer products `[LANES]`.
+    type Sum: Copy;
 
     /// Loads `4 * LANES` bytes.
     unsafe fn load(p: *const u8) -> Self::V;
@@ -70,20 +76,29 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
-    /// Scales `[LANES]` i8 at `a` for columns 0..16 and at `b` for columns 16..32.
-    unsafe fn halves(a: *const i8, b: *const i8) -> Self::Halves;
+    /// `sum_i w[i] * x.codes[i]` of unsigned codes of at most `bits` <= 6 bits.
+    unsafe fn dot(bits: u32, w: &[Self::V; 8], x: *const Block) -> Self::F;
+    /// Prepares signed codes.
+    unsafe fn signed(w: &[Self::V; 8]) -> Self::Signed;
+    /// `sum_i w[i] * x.codes[i]` of signed codes.
+    unsafe fn dot_signed(w: &Self::Signed, x: *const Block) -> Self::F;
 
-    /// `sum_i w[i] * x.codes[i]` of unsigned codes of at most `BITS` <= 6 bits.
-    unsafe fn dot<const BITS: u32>(w: &[Self::V; 8], x: *const Block) -> Self::F;
-    /// The same of signed 8-bit codes.
-    unsafe fn dot_signed(w: &[Self::V; 8], x: *const Block) -> Self::F;
-    /// `scales[0] * sum_{i < 16} (w[i] - OFFSET) * x.codes[i] + scales[1] * sum_{i >= 16} (w[i] - OFFSET) * x.codes[i]` of
-    /// unsigned codes of at most `BITS` <= 6 bits.
-    unsafe fn dot_halves<const BITS: u32, const OFFSET: i32>(
+    /// Loads scales `[LANES]` i8.
+    unsafe fn scale(p: *const i8) -> Self::Scale;
+    unsafe fn no_sum() -> Self::Sum;
+    unsafe fn sum_to_f32(sum: Self::Sum) -> Self::F;
+    /// `sum + scale * sum_{i < 32} w[i] * x[i]` of unsigned codes of at most `bits` <= 6 bits.
+    unsafe fn dot_scaled(bits: u32, w: &[Self::V; 8], scale: Self::Scale, x: *const i8, sum: Self::Sum) -> Self::Sum;
+    /// The same with a scale for each half of the columns.
+    unsafe fn dot_scaled_halves(
+        bits: u32,
         w: &[Self::V; 8],
-        scales: Self::Halves,
-        x: *const Block,
-    ) -> Self::F;
-    /// `scales[0] * x.half_sums[0] + scales[1] * x.half_sums[1]`.
-    unsafe fn dot_half_sums(scales: Self::Halves, x: *const Block) -> Self::F;
+        scales: [Self::Scale; 2],
+        x: *const i8,
+        sum: Self::Sum,
+    ) -> Self::Sum;
+    /// 16-bit pairs `[LANES, 2]` of the i8 `[LANES]` at `p` and the next `LANES`.
+    unsafe fn pairs(p: *const i8) -> Self::V;
+    /// `sum_i pairs[i / 2][i % 2] * x[i]` over 16-bit numbers `[2 * pairs.len()]`.
+    unsafe fn dot_pairs(pairs: &[Self::V], x: *const i16) -> Self::F;
 }

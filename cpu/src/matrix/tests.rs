@@ -1,7 +1,7 @@
 //! Every supported type on every instruction set of this processor against exact decodes with sums in f64.
 
 use super::*;
-use crate::activations::{ActivationBuffer, BLOCK_LEN, Forms};
+use crate::activations::{ActivationBuffer, BLOCK_LEN, Forms, SUPER_BLOCK_LEN};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{Buffers, Poisoned, Rng, random_blocks};
 
@@ -13,30 +13,40 @@ fn types() -> impl Iterator<Item = TensorType> {
     TYPES.iter().map(|row| row.ty).filter(|ty| ty.is_supported())
 }
 
-const FORMS: Forms = Forms { floats: true, codes: true };
-
-/// `x` `[n_rows, n_cols]` as activations, and what the codes stand for.
-fn activations<'a>(buffer: &'a ActivationBuffer, x: &[f32], n_cols: usize) -> (Activations<'a>, Vec<f64>) {
-    let codes = n_cols.is_multiple_of(BLOCK_LEN);
-    let n_rows = x.len() / n_cols;
-    let activations = buffer.view(0, n_rows, n_cols, Forms { codes, ..FORMS });
+/// `x` `[n_rows, n_cols]` as activations for `ty`, and what its form stands for.
+fn activations<'a>(
+    buffer: &'a ActivationBuffer,
+    ty: TensorType,
+    x: &[f32],
+    n_cols: usize,
+) -> (Activations<'a>, Vec<f64>) {
+    let (n_rows, forms) = (x.len() / n_cols, Forms::of(ty));
+    let activations = buffer.view(0, n_rows, n_cols, forms);
     for (row, values) in x.chunks(n_cols).enumerate() {
+        let half = n_cols / 2 / forms.columns_together() * forms.columns_together();
         // SAFETY: one thread.
-        unsafe { activations.write(row, 0, values) };
+        unsafe {
+            activations.write(row, 0, &values[..half]);
+            activations.write(row, half, &values[half..]);
+        }
     }
-    if !codes {
-        return (activations, Vec::new());
-    }
-    let blocks: Vec<_> = (0..x.len() / BLOCK_LEN)
-        // SAFETY: `n_cols / 32 * n_rows` blocks were written.
-        .map(|i| unsafe { *activations.blocks().add(i) })
-        .collect();
-    let rounded = (0..x.len()).map(|i| {
+    let meant = (0..x.len()).map(|i| {
         let (row, col) = (i / n_cols, i % n_cols);
-        let block = &blocks[col / BLOCK_LEN * n_rows + row];
-        f64::from(block.scale) * f64::from(block.codes[col % BLOCK_LEN])
+        // SAFETY: everything was written, in the one form that was asked for.
+        let (scale, code) = unsafe {
+            if forms.codes_256 {
+                let block = &*activations.super_blocks().add(col / SUPER_BLOCK_LEN * n_rows + row);
+                (block.scale, block.codes[col % SUPER_BLOCK_LEN])
+            } else if forms.codes_32 {
+                let block = &*activations.blocks().add(col / BLOCK_LEN * n_rows + row);
+                (block.scale, block.codes[col % BLOCK_LEN])
+            } else {
+                return f64::from(*activations.floats().add(i));
+            }
+        };
+        f64::from(scale) * f64::from(code)
     });
-    (activations, rounded.collect())
+    (activations, meant.collect())
 }
 
 fn product(w: &[f32], x: &[f64], n_cols: usize) -> Vec<f64> {
@@ -66,8 +76,8 @@ fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize
         let factor = rng.uniform(-3.0, 3.0).exp2() as f32;
         x.iter_mut().for_each(|x| *x *= factor);
     });
-    let buffer = ActivationBuffer::new(x.len(), FORMS).unwrap();
-    let (activations, rounded) = activations(&buffer, &x, n_cols);
+    let buffer = ActivationBuffer::new(x.len(), Forms::of(ty)).expect("memory");
+    let (activations, rounded) = activations(&buffer, ty, &x, n_cols);
     let mut out = Poisoned::new(n_tokens * n_rows);
     // SAFETY: the output is a buffer of this thread.
     let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), n_rows, n_tokens, 0..n_rows) };
@@ -86,14 +96,9 @@ fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize
         if error.is_finite() { (error / norm).sqrt() } else { f64::INFINITY }
     };
     let case = format!("{ty} on {isa:?}, [{n_rows}, {n_cols}] x {n_tokens}");
-    if ty.is_quantised() {
-        let (rounding, kernel) = (error(&exact), error(&rounded));
-        assert!(kernel < 1e-5, "{case}: error {kernel:e} against the rounded activations");
-        assert!(rounding < 0.05, "{case}: error {rounding:e} against the activations");
-    } else {
-        let error = error(&exact);
-        assert!(error < 1e-5, "{case}: error {error:e}");
-    }
+    let (kernel, rounding) = (error(&rounded), error(&exact));
+    assert!(kernel < 1e-5, "{case}: error {kernel:e} against the activations as they are stored");
+    assert!(rounding < 0.05, "{case}: error {rounding:e} against the activations");
 }
 
 #[test]
@@ -139,8 +144,8 @@ fn extreme_codes_do_not_saturate() {
                 let weight = source.add("w", ty, &[n_cols, 8], bytes);
                 let matrix = Matrix::pack(&weight, &source, isa);
                 let x: Vec<f32> = (0..3 * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols]).collect();
-                let buffer = ActivationBuffer::new(x.len(), FORMS).unwrap();
-                let (activations, rounded) = activations(&buffer, &x, n_cols);
+                let buffer = ActivationBuffer::new(x.len(), Forms::of(ty)).expect("memory");
+                let (activations, rounded) = activations(&buffer, ty, &x, n_cols);
                 let mut out = Poisoned::new(3 * 8);
                 // SAFETY: the output is a buffer of this thread.
                 let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, 3, 0..8) };
@@ -176,16 +181,38 @@ fn packs_row_ranges_in_order() {
     }
 }
 
+/// Codes, sums and scales of both kinds of blocks.
 #[test]
 fn rounding_of_activations() {
-    let zeros = crate::activations::Block::quantise(&[0.0; BLOCK_LEN]);
-    assert_eq!((zeros.scale, zeros.sum, zeros.codes), (0.0, 0.0, [0; BLOCK_LEN]));
-    let mut x = [0.0f32; BLOCK_LEN];
-    (x[0], x[1], x[2], x[16]) = (-12.7, 0.25, 0.349, 12.7);
-    let block = crate::activations::Block::quantise(&x);
+    let forms = Forms { floats: true, codes_32: true, codes_256: true };
+    let buffer = ActivationBuffer::new(2 * SUPER_BLOCK_LEN, forms).expect("memory");
+    let view = buffer.view(SUPER_BLOCK_LEN, 1, SUPER_BLOCK_LEN, forms);
+    let round = |x: &[f32]| {
+        // SAFETY: one thread; the blocks were written.
+        unsafe {
+            view.write(0, 0, x);
+            assert_eq!(std::slice::from_raw_parts(view.floats(), 2), &x[..2]);
+            (*view.blocks(), *view.super_blocks())
+        }
+    };
+    let mut x = [0.0f32; SUPER_BLOCK_LEN];
+    let (block, super_block) = round(&x);
+    assert_eq!((block.scale, block.sum, block.code_sum, block.codes), (0.0, 0.0, 0, [0; BLOCK_LEN]));
+    assert_eq!((super_block.scale, super_block.sums_16, super_block.codes), (0.0, [0; 16], [0; SUPER_BLOCK_LEN]));
+    (x[0], x[1], x[2], x[16], x[40]) = (-12.7, 0.25, 0.349, 12.6, 25.4);
+    let (block, super_block) = round(&x);
     assert_eq!(block.codes[..3], [-127, 2, 3], "nearest, ties to even");
-    assert_eq!(block.half_sums, [-122, 127]);
+    assert_eq!(block.code_sum, -127 + 2 + 3 + 126);
+    assert_eq!(super_block.codes[..3], [-64, 1, 2]);
+    assert_eq!(super_block.sums_16[..3], [-61, 63, 127]);
+    assert_eq!(super_block.sums_32[..2], [2, 127]);
     // Smaller than any normal number times 127: must not become NaN.
-    let tiny = crate::activations::Block::quantise(&[1e-44; BLOCK_LEN]);
-    assert!(tiny.scale.is_finite() && tiny.sum.is_finite());
+    let (block, super_block) = round(&[1e-44; SUPER_BLOCK_LEN]);
+    assert!(block.scale.is_finite() && block.sum.is_finite() && super_block.scale.is_finite());
+    // A fault upstream stays visible.
+    for bad in [f32::NAN, f32::INFINITY] {
+        x[7] = bad;
+        let (block, super_block) = round(&x);
+        assert!(!block.scale.is_finite() && !super_block.scale.is_finite());
+    }
 }

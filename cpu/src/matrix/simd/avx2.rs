@@ -1,6 +1,6 @@
 //! AVX2, FMA and F16C: eight rows. `vpmaddubsw` adds two products of an unsigned code and a signed activation into 16 bits
-//! and saturates, so sums are widened before they can reach 2^15: with codes of 4 bits after 8 products pairs
-//! (8 * 2 * 15 * 127 = 30480), with 5 bits after 4, with 6 bits after 2, with 8 bits (128 * 127 * 2 = 32512) at once.
+//! and saturates, so sums are widened before they can reach 2^15: with codes of 4 bits after 8 instructions
+//! (8 * 2 * 15 * 127 = 30480), with 5 bits after 4, with 6 bits after 2, with 8 bits (2 * 128 * 127 = 32512) at once.
 
 use super::Simd;
 use crate::activations::Block;
@@ -10,21 +10,51 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx2;
 
+/// Signed codes as magnitudes and signs. With `s` the sign of a code (0 or -1), `w x = |w| (x ^ s) - s |w|`: `vpxor` runs
+/// in every vector unit, where `vpsignb` would compete with the multiplications.
+#[derive(Clone, Copy)]
+pub(in crate::matrix) struct Signed {
+    magnitudes: [__m256i; 8],
+    signs: [__m256i; 8],
+    /// `-sum_i s[i] |w[i]|`
+    correction: __m256i,
+}
+
 /// Activation codes `4 g .. 4 g + 4` for every row.
 #[inline(always)]
-unsafe fn codes(x: *const Block, g: usize) -> __m256i {
-    // SAFETY: the caller has AVX2 and a valid block; `g` is below 8.
-    unsafe { _mm256_set1_epi32((&raw const (*x).codes).cast::<i32>().add(g).read_unaligned()) }
+unsafe fn codes(x: *const i8, g: usize) -> __m256i {
+    // SAFETY: the caller has AVX2 and 32 codes; `g` is below 8.
+    unsafe { _mm256_set1_epi32(x.cast::<i32>().add(g).read_unaligned()) }
 }
 
 /// 16-bit sums of products of `n` groups of four columns from group `g`, few enough not to saturate.
 #[inline(always)]
-unsafe fn dot16(w: &[__m256i; 8], x: *const Block, g: usize, n: usize) -> __m256i {
-    // SAFETY: the caller has AVX2 and a valid block; `g + n` is at most 8.
+unsafe fn dot16(w: &[__m256i; 8], x: *const i8, g: usize, n: usize) -> __m256i {
+    // SAFETY: the caller has AVX2 and 32 codes; `g + n` is at most 8.
     unsafe {
         let mut sum = _mm256_maddubs_epi16(w[g], codes(x, g));
         for g in g + 1..g + n {
             sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[g], codes(x, g)));
+        }
+        sum
+    }
+}
+
+/// `sum + scale * products` of groups `range` of four columns.
+#[inline(always)]
+unsafe fn dot32(
+    bits: u32,
+    w: &[__m256i; 8],
+    scale: __m256i,
+    x: *const i8,
+    range: std::ops::Range<usize>,
+    mut sum: __m256i,
+) -> __m256i {
+    // SAFETY: the caller has AVX2 and 32 codes.
+    unsafe {
+        let n = groups(bits).min(range.len());
+        for g in range.step_by(n) {
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(dot16(w, x, g, n), scale));
         }
         sum
     }
@@ -44,8 +74,11 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     type V = __m256i;
     type F = __m256;
-    /// Each scale twice in the two 16-bit units of its lane.
-    type Halves = [__m256i; 2];
+    type Signed = Signed;
+    /// Each scale twice, in the two 16-bit units of its lane.
+    type Scale = __m256i;
+    /// 32-bit integers.
+    type Sum = __m256i;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m256i {
@@ -119,7 +152,7 @@ impl Simd for Avx2 {
             // Byte `group / 2` of each lane, four times; then one bit of it in each byte.
             let lanes = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x0404_0404, 0x0808_0808, 0x0c0c_0c0c));
             let spread = _mm256_shuffle_epi8(bits, _mm256_add_epi8(lanes, _mm256_set1_epi8((group / 2) as i8)));
-            let select = _mm256_set1_epi32(if group % 2 == 0 { 0x0804_0201 } else { 0x8040_2010u32 as i32 });
+            let select = _mm256_set1_epi32(if group.is_multiple_of(2) { 0x0804_0201 } else { 0x8040_2010u32 as i32 });
             _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, select), select), _mm256_set1_epi8(16))
         }
     }
@@ -185,83 +218,95 @@ impl Simd for Avx2 {
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn halves(a: *const i8, b: *const i8) -> Self::Halves {
+    unsafe fn dot(bits: u32, w: &[__m256i; 8], x: *const Block) -> __m256 {
         // SAFETY: as the trait asks.
         unsafe {
-            let twice = |p: *const i8| {
-                let v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-                _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa)
-            };
-            [twice(a), twice(b)]
+            let x = (&raw const (*x).codes).cast();
+            _mm256_cvtepi32_ps(dot32(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()))
         }
     }
     #[inline(always)]
-    unsafe fn dot<const BITS: u32>(w: &[__m256i; 8], x: *const Block) -> __m256 {
+    unsafe fn signed(w: &[__m256i; 8]) -> Signed {
         // SAFETY: as the trait asks.
         unsafe {
-            let ones = _mm256_set1_epi16(1);
-            let n = const { groups(BITS) };
-            let mut sum = _mm256_madd_epi16(dot16(w, x, 0, n), ones);
-            for g in (n..8).step_by(n) {
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(dot16(w, x, g, n), ones));
-            }
-            _mm256_cvtepi32_ps(sum)
-        }
-    }
-    #[inline(always)]
-    unsafe fn dot_signed(w: &[__m256i; 8], x: *const Block) -> __m256 {
-        // SAFETY: as the trait asks.
-        unsafe {
-            let ones = _mm256_set1_epi16(1);
-            let mut sum = _mm256_setzero_si256();
+            let zero = _mm256_setzero_si256();
+            let mut signed = Signed { magnitudes: [zero; 8], signs: [zero; 8], correction: zero };
             for g in 0..8 {
-                // |w| * (sign(w) x): `vpmaddubsw` wants one unsigned factor.
-                let products = _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), _mm256_sign_epi8(codes(x, g), w[g]));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, ones));
+                signed.magnitudes[g] = _mm256_abs_epi8(w[g]);
+                signed.signs[g] = _mm256_cmpgt_epi8(zero, w[g]);
+                let negative = _mm256_and_si256(signed.magnitudes[g], signed.signs[g]);
+                let pairs = _mm256_maddubs_epi16(negative, _mm256_set1_epi8(1));
+                signed.correction = _mm256_add_epi16(signed.correction, pairs);
+            }
+            signed.correction = _mm256_madd_epi16(signed.correction, _mm256_set1_epi16(1));
+            signed
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_signed(w: &Signed, x: *const Block) -> __m256 {
+        // SAFETY: as the trait asks.
+        unsafe {
+            let x = (&raw const (*x).codes).cast();
+            let mut sum = w.correction;
+            for g in 0..8 {
+                let products = _mm256_maddubs_epi16(w.magnitudes[g], _mm256_xor_si256(codes(x, g), w.signs[g]));
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
             }
             _mm256_cvtepi32_ps(sum)
         }
     }
     #[inline(always)]
-    unsafe fn dot_halves<const BITS: u32, const OFFSET: i32>(
+    unsafe fn scale(p: *const i8) -> __m256i {
+        // SAFETY: as the trait asks.
+        unsafe {
+            let v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+            _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa)
+        }
+    }
+    #[inline(always)]
+    unsafe fn no_sum() -> __m256i {
+        // SAFETY: as the trait asks.
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn sum_to_f32(sum: __m256i) -> __m256 {
+        // SAFETY: as the trait asks.
+        unsafe { _mm256_cvtepi32_ps(sum) }
+    }
+    #[inline(always)]
+    unsafe fn dot_scaled(bits: u32, w: &[__m256i; 8], scale: __m256i, x: *const i8, sum: __m256i) -> __m256i {
+        // SAFETY: as the trait asks.
+        unsafe { dot32(bits, w, scale, x, 0..8, sum) }
+    }
+    #[inline(always)]
+    unsafe fn dot_scaled_halves(
+        bits: u32,
         w: &[__m256i; 8],
-        scales: Self::Halves,
-        x: *const Block,
-    ) -> __m256 {
+        scales: [__m256i; 2],
+        x: *const i8,
+        sum: __m256i,
+    ) -> __m256i {
+        // SAFETY: as the trait asks.
+        unsafe { dot32(bits, w, scales[1], x, 4..8, dot32(bits, w, scales[0], x, 0..4, sum)) }
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const i8) -> __m256i {
         // SAFETY: as the trait asks.
         unsafe {
-            let n = const { if groups(BITS) < 4 { groups(BITS) } else { 4 } };
-            let mut sum = if OFFSET == 0 {
-                _mm256_setzero_si256()
-            } else {
-                // An 8-bit scale times at most 32 fits 16 bits.
-                let offsets = _mm256_mullo_epi16(
-                    _mm256_blend_epi16(scales[0], scales[1], 0xaa),
-                    _mm256_set1_epi16(-OFFSET as i16),
-                );
-                _mm256_madd_epi16(offsets, half_sums(x))
-            };
-            for half in 0..2 {
-                for g in (4 * half..4 * half + 4).step_by(n) {
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(dot16(w, x, g, n), scales[half]));
-                }
+            let (a, b) = (_mm_loadl_epi64(p.cast()), _mm_loadl_epi64(p.add(8).cast()));
+            _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(pairs: &[__m256i], x: *const i16) -> __m256 {
+        // SAFETY: as the trait asks.
+        unsafe {
+            let mut sum = _mm256_setzero_si256();
+            for i in 0..pairs.len() {
+                let x = _mm256_set1_epi32(x.cast::<i32>().add(i).read_unaligned());
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[i], x));
             }
             _mm256_cvtepi32_ps(sum)
         }
     }
-    #[inline(always)]
-    unsafe fn dot_half_sums(scales: Self::Halves, x: *const Block) -> __m256 {
-        // SAFETY: as the trait asks.
-        unsafe {
-            let scales = _mm256_blend_epi16(scales[0], scales[1], 0xaa);
-            _mm256_cvtepi32_ps(_mm256_madd_epi16(scales, half_sums(x)))
-        }
-    }
-}
-
-/// Both half sums of a block for every row.
-#[inline(always)]
-unsafe fn half_sums(x: *const Block) -> __m256i {
-    // SAFETY: the caller has AVX2 and a valid block.
-    unsafe { _mm256_set1_epi32((&raw const (*x).half_sums).cast::<i32>().read_unaligned()) }
 }

@@ -50,7 +50,9 @@ impl Simd for Portable {
     const LANES: usize = 8;
     type V = V;
     type F = F;
-    type Halves = [[i8; 8]; 2];
+    type Signed = [V; 8];
+    type Scale = [i32; 8];
+    type Sum = [i32; 8];
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> V {
@@ -166,15 +168,14 @@ impl Simd for Portable {
         from_fn(|r| a[r] * b[r] + c[r])
     }
     #[inline(always)]
-    unsafe fn halves(a: *const i8, b: *const i8) -> Self::Halves {
-        // SAFETY: the caller's pointers are valid for 8 bytes.
-        unsafe { [a.cast::<[i8; 8]>().read_unaligned(), b.cast::<[i8; 8]>().read_unaligned()] }
-    }
-    #[inline(always)]
-    unsafe fn dot<const BITS: u32>(w: &[V; 8], x: *const Block) -> F {
+    unsafe fn dot(_: u32, w: &[V; 8], x: *const Block) -> F {
         // SAFETY: the caller's block is valid.
         let x = unsafe { &*x };
         dot_groups::<false>(w, &x.codes).map(|s| s as f32)
+    }
+    #[inline(always)]
+    unsafe fn signed(w: &[V; 8]) -> [V; 8] {
+        *w
     }
     #[inline(always)]
     unsafe fn dot_signed(w: &[V; 8], x: *const Block) -> F {
@@ -183,17 +184,48 @@ impl Simd for Portable {
         dot_groups::<true>(w, &x.codes).map(|s| s as f32)
     }
     #[inline(always)]
-    unsafe fn dot_halves<const BITS: u32, const OFFSET: i32>(w: &[V; 8], scales: Self::Halves, x: *const Block) -> F {
-        // SAFETY: the caller's block is valid.
-        let x = unsafe { &*x };
-        let (a, b) = (dot_groups::<false>(&w[..4], &x.codes[..16]), dot_groups::<false>(&w[4..], &x.codes[16..]));
-        let [sum_a, sum_b] = x.half_sums.map(|s| OFFSET * i32::from(s));
-        from_fn(|r| (i32::from(scales[0][r]) * (a[r] - sum_a) + i32::from(scales[1][r]) * (b[r] - sum_b)) as f32)
+    unsafe fn scale(p: *const i8) -> [i32; 8] {
+        // SAFETY: the caller's pointer is valid for 8 bytes.
+        unsafe { p.cast::<[i8; 8]>().read_unaligned() }.map(i32::from)
     }
     #[inline(always)]
-    unsafe fn dot_half_sums(scales: Self::Halves, x: *const Block) -> F {
-        // SAFETY: the caller's block is valid.
-        let [a, b] = unsafe { (*x).half_sums }.map(i32::from);
-        from_fn(|r| (i32::from(scales[0][r]) * a + i32::from(scales[1][r]) * b) as f32)
+    unsafe fn no_sum() -> [i32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn sum_to_f32(sum: [i32; 8]) -> F {
+        sum.map(|s| s as f32)
+    }
+    #[inline(always)]
+    unsafe fn dot_scaled(_: u32, w: &[V; 8], scale: [i32; 8], x: *const i8, sum: [i32; 8]) -> [i32; 8] {
+        // SAFETY: the caller's pointer is valid for 32 bytes.
+        let x = unsafe { &*x.cast::<[i8; 32]>() };
+        let dot = dot_groups::<false>(w, x);
+        from_fn(|r| sum[r] + scale[r] * dot[r])
+    }
+    #[inline(always)]
+    unsafe fn dot_scaled_halves(_: u32, w: &[V; 8], scales: [[i32; 8]; 2], x: *const i8, sum: [i32; 8]) -> [i32; 8] {
+        // SAFETY: the caller's pointer is valid for 32 bytes.
+        let x = unsafe { &*x.cast::<[i8; 32]>() };
+        let (a, b) = (dot_groups::<false>(&w[..4], &x[..16]), dot_groups::<false>(&w[4..], &x[16..]));
+        from_fn(|r| sum[r] + scales[0][r] * a[r] + scales[1][r] * b[r])
+    }
+    #[inline(always)]
+    unsafe fn pairs(p: *const i8) -> V {
+        // SAFETY: the caller's pointer is valid for 16 bytes.
+        let p = unsafe { p.cast::<[[i8; 8]; 2]>().read_unaligned() };
+        from_lanes(|r| i32::from(p[0][r]) & 0xffff | i32::from(p[1][r]) << 16)
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(pairs: &[V], x: *const i16) -> F {
+        let mut sums = [0; 8];
+        for (i, pair) in pairs.iter().enumerate() {
+            // SAFETY: the caller's pointer is valid for `2 * N` numbers.
+            let [a, b] = unsafe { x.cast::<[i16; 2]>().add(i).read_unaligned() }.map(i32::from);
+            for (sum, pair) in sums.iter_mut().zip(lanes_i32(*pair)) {
+                *sum += i32::from(pair as i16) * a + (pair >> 16) * b;
+            }
+        }
+        sums.map(|s| s as f32)
     }
 }
