@@ -266,3 +266,37 @@ impl Attention<Matrix> {
         self.attn_output.apply(&output)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Frequencies under context extension, against the numbers of the oracle in `scripts/reference`.
+    #[test]
+    fn frequencies_are_those_of_the_oracle() {
+        let yarn = |n_rot, base, original| Rope {
+            n_rot,
+            base,
+            style: RopeStyle::Neox,
+            scaling: RopeScaling::Yarn { factor: 4.0, original },
+            rotated_pairs: Vec::new(),
+        };
+        let check = |rope: &Rope, divisors: Option<&[f32]>, want: &[(usize, f64)], want_magnitude: f64| {
+            let (frequencies, magnitude) = rope.frequencies(divisors);
+            assert_eq!(frequencies.len(), rope.n_rot / 2);
+            assert!((magnitude - want_magnitude).abs() < 1e-12, "{magnitude}");
+            for (j, want) in want {
+                assert!((frequencies[*j] / want - 1.0).abs() < 1e-8, "pair {j}: {}, not {want}", frequencies[*j]);
+            }
+        };
+        let want = [(0, 1.0), (1, 2.37170825e-1), (2, 5e-2), (3, 7.90569415e-3), (7, 7.90569415e-5)];
+        check(&yarn(16, 1e4, 64), None, &want, 1.138629436111989);
+        let want = [(8, 1.27813833e-2), (12, 8.15159711e-4), (16, 7.90569415e-5), (20, 1.05424126e-5)];
+        check(&yarn(64, 1e7, 4096), None, &want, 1.138629436111989);
+
+        let linear = Rope { scaling: RopeScaling::Linear { factor: 4.0 }, ..yarn(4, 1e4, 0) };
+        check(&linear, Some(&[1.0, 5.0]), &[(0, 0.25), (1, 0.25 * 0.01 / 5.0)], 1.0);
+        let sections = Rope { rotated_pairs: vec![false, true], ..linear };
+        assert_eq!(sections.frequencies(None).0, [0.0, 0.0025]);
+    }
+}

@@ -118,3 +118,22 @@ impl Moe<Matrix> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{TensorType, testing::Maker};
+
+    /// Router logits 0, 2, 2, 1 and two experts: the equal ones are chosen, the lower index first, with weights
+    /// one half each.
+    #[test]
+    fn ties_go_to_the_lower_expert() {
+        let shape = MoeShape { n_embd: 1, n_experts: 4, n_used: 2, n_ff: 1, n_ff_shared: 0, rms_eps: 1e-6 };
+        let mut maker = Maker::new(1, &[TensorType::F32]);
+        let block = maker.moe(0, &shape);
+        let Ok(mut block) = block.try_map(&mut |w| Ok::<_, std::convert::Infallible>(Matrix::decode(w, &maker.source)));
+        block.ffn_gate_inp.values = vec![0.0, 2.0, 2.0, 1.0];
+        assert_eq!(block.route(&[1.0]), [(1, 0.5), (2, 0.5)]);
+        assert_eq!(block.route(&[-1.0])[0].0, 0);
+    }
+}
