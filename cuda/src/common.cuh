@@ -12,6 +12,7 @@ typedef unsigned long long u64;
 #define KERNEL extern "C" __global__ void
 #define WARP 32
 #define FULL 0xffffffffu
+#define INFINITE __uint_as_float(0x7f800000u)
 
 DEVICE float half_to_float(u16 h) {
     float f;
@@ -91,3 +92,21 @@ struct Q8Head {
     float d;
     i16 sum0, sum1;
 };
+
+// A warp quantises 32 consecutive activations, element `i` in this lane: codes and head of unit i / 32.
+DEVICE void quantise_unit(float v, i8* codes, Q8Head* heads, u64 i) {
+    const float d = warp_max(fabsf(v)) * (1.0f / 127.0f);
+    const int code = d > 0.0f ? __float2int_rn(v / d) : 0;
+    codes[i] = (i8)code;
+    int sum = code;
+#pragma unroll
+    for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(FULL, sum, o);
+    const int other = __shfl_xor_sync(FULL, sum, 16);
+    if (threadIdx.x % WARP == 0) {
+        Q8Head head;
+        head.d = d;
+        head.sum0 = (i16)sum;
+        head.sum1 = (i16)other;
+        heads[i / 32] = head;
+    }
+}

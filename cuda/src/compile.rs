@@ -297,6 +297,11 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    /// No kernel: for counting programs only.
+    pub(crate) fn unresolved() -> Self {
+        Self { handle: std::ptr::null_mut(), max_shared: 0 }
+    }
+
     /// Queues the kernel on the device's stream.
     ///
     /// # Errors

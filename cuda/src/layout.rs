@@ -12,7 +12,7 @@
 //!   `mn >> 2` (even sub-block low), after d and dmin; Q3_K scales become eight bytes of the low nibbles of
 //!   scales `2 u` (low) and `2 u + 1` (high), then eight nibbles `hi2(2 u) | hi2(2 u + 1) << 2`.
 
-use tandem_spec::{TensorType, Weight};
+use tandem_spec::{DeltaNetShape, TensorType, Weight};
 
 /// Bytes per block of each plane, in order; they add up to the bytes of the block in the file.
 ///
@@ -50,13 +50,20 @@ pub fn weight_bytes(weight: &Weight) -> usize {
     bytes(weight.n_rows(), weight.n_cols, weight.ty)
 }
 
+/// Elements of the convolution state of one slot: a ring of the last `conv_kernel` inputs `[conv_kernel, n_channels]`
+/// f32, that of position `p` at entry `p % conv_kernel`. One more than the convolution looks back, so that the
+/// blocks of one launch may read the old inputs while one writes the new.
+pub fn ring_len(shape: &DeltaNetShape) -> usize {
+    shape.conv_kernel * shape.n_channels()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn planes_hold_exactly_the_bytes_of_the_file() {
-        for row in tandem_spec::tensor_type::TYPES.iter().filter(|row| row.supported) {
+        for row in tandem_spec::tensor_type::TYPES.iter().filter(|row| row.ty.is_supported()) {
             assert_eq!(planes(row.ty).iter().sum::<usize>(), row.block_bytes, "{}", row.name);
         }
     }

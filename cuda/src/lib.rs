@@ -3,11 +3,23 @@
 //! other backend.
 
 pub mod arena;
+pub mod backend;
 pub mod compile;
 pub mod device;
 pub mod error;
 pub mod layout;
+pub mod ops;
 pub mod upload;
 
+mod attention;
+mod delta_net;
+mod ffn;
+mod gemv;
+mod head;
+mod moe;
+
+pub use backend::{Backend, Feed, State, WeightsLayout, programs};
+pub use compile::Compiler;
 pub use device::{Device, GpuInfo, probe};
 pub use error::Error;
+pub use ops::{Options, StateLayout};

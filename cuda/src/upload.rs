@@ -57,9 +57,9 @@ pub fn program(ty: TensorType) -> Program {
 }
 
 /// A weight and where its device layout goes.
-pub struct Item<'a> {
+pub struct Item {
     /// Which rows of which file tensor.
-    pub weight: &'a Weight,
+    pub weight: Weight,
     /// Range of the arena, [`crate::layout::weight_bytes`] long.
     pub range: Range,
 }
@@ -289,7 +289,7 @@ mod tests {
     fn pieces_cover_every_block_of_gathered_rows_once() {
         let n_cols = 1 << 20;
         let weight = Weight { name: "w".into(), tensor: 0, ty: TensorType::Q6_K, n_cols, rows: vec![3..30, 40..41] };
-        let item = Item { weight: &weight, range: Range { offset: 0, bytes: weight.n_bytes() } };
+        let item = Item { range: Range { offset: 0, bytes: weight.n_bytes() }, weight: weight.clone() };
         let pieces = cut(&[item]);
         let mut block = 0;
         for p in &pieces {

@@ -1,0 +1,521 @@
+//! The blocks of a model on one GPU: weights loaded once into one arena, the state of all slots in another, blocks run
+//! one after the other ([`Backend::run`]) or the whole decode step as one graph ([`Backend::decode`]). Refuses float
+//! parameters of other types than F32, and batches larger than it was made for.
+
+use crate::arena::{Arena, Ptr, Range, Ranges};
+use crate::attention::AttentionOp;
+use crate::compile::{Compiler, Kernels, Program};
+use crate::delta_net::DeltaNetOp;
+use crate::device::Device;
+use crate::error::{During, Error};
+use crate::ffn::FfnOp;
+use crate::head::HeadOp;
+use crate::moe::MoeOp;
+use crate::ops::{DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
+use crate::{layout, upload};
+use cudarc::driver::{result, sys};
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use tandem_spec::{Batch, Block, TensorSource, TensorType, Weight};
+
+/// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
+/// use (tied embeddings) lies there once.
+#[derive(Clone, Debug)]
+pub struct WeightsLayout {
+    ranges: HashMap<(usize, Vec<std::ops::Range<usize>>), Range>,
+    /// Rotary frequencies of attention blocks, `[n_rot / 2]` f64.
+    frequencies: Vec<Option<Range>>,
+    total: usize,
+}
+
+impl WeightsLayout {
+    /// The layout of `blocks`.
+    pub fn new(blocks: &[Block<Weight>]) -> Self {
+        let mut taken = Ranges::default();
+        let mut ranges = HashMap::new();
+        let mut frequencies = Vec::new();
+        for block in blocks {
+            block.for_each(&mut |w| {
+                ranges.entry((w.tensor, w.rows.clone())).or_insert_with(|| taken.take(layout::weight_bytes(w)));
+            });
+            frequencies.push(match block {
+                Block::Attention(b) => Some(taken.take(b.shape.rope.n_rot / 2 * 8)),
+                _ => None,
+            });
+        }
+        Self { ranges, frequencies, total: taken.total() }
+    }
+
+    /// Bytes of the weight arena.
+    pub fn bytes(&self) -> usize {
+        self.total
+    }
+
+    fn range(&self, weight: &Weight) -> Range {
+        self.ranges[&(weight.tensor, weight.rows.clone())]
+    }
+}
+
+/// Every program that `blocks` need on a GPU of `n_sms` multiprocessors.
+///
+/// # Errors
+/// A shape that the kernels do not take.
+pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Result<Vec<Program>, Error> {
+    let mut linker = Linker::collecting(n_sms);
+    for block in blocks {
+        let Ok(block) = block.try_map(&mut |w| Ok::<_, Infallible>(DeviceWeight::unplaced(w)));
+        Op::new(&mut linker, block, (Ptr::NULL, 1.0), options)?;
+    }
+    let mut programs = linker.programs;
+    for block in blocks {
+        block.for_each(&mut |w| {
+            if w.ty.is_quantised() {
+                programs.push(upload::program(w.ty));
+            }
+        });
+    }
+    let mut seen = std::collections::HashSet::new();
+    programs.retain(|p| seen.insert(p.clone()));
+    Ok(programs)
+}
+
+/// A block with its kernels.
+enum Op {
+    Embed(Embed),
+    Attention(AttentionOp),
+    DeltaNet(DeltaNetOp),
+    Ffn(FfnOp),
+    Moe(MoeOp),
+    Head(HeadOp),
+}
+
+impl Op {
+    fn new(
+        linker: &mut Linker,
+        block: Block<DeviceWeight>,
+        freq: (Ptr, f64),
+        options: &Options,
+    ) -> Result<Self, Error> {
+        Ok(match block {
+            Block::Embed(b) => Op::Embed(Embed::new(linker, &b)?),
+            Block::Attention(b) => Op::Attention(AttentionOp::new(linker, b, freq, options)?),
+            Block::DeltaNet(b) => Op::DeltaNet(DeltaNetOp::new(linker, b)?),
+            Block::Ffn(b) => Op::Ffn(FfnOp::new(linker, b)?),
+            Block::Moe(b) => Op::Moe(MoeOp::new(linker, b)?),
+            Block::Head(b) => Op::Head(HeadOp::new(linker, b)?),
+        })
+    }
+
+    /// Queues a step of the block; for Head, logits of the first [`LOGIT_ROWS`] wanted rows at most.
+    fn launch(&self, step: &Step) -> Result<(), Error> {
+        match self {
+            Op::Embed(op) => op.launch(step),
+            Op::Attention(op) => op.launch(step),
+            Op::DeltaNet(op) => op.launch(step),
+            Op::Ffn(op) => op.launch(step),
+            Op::Moe(op) => op.launch(step),
+            Op::Head(op) => op.launch(step, 0, step.n_wanted),
+        }
+    }
+}
+
+/// Weights that kernels read as plain floats.
+fn float_weights(block: &Block<Weight>) -> Vec<&Weight> {
+    match block {
+        Block::Embed(_) => vec![],
+        Block::Attention(b) => {
+            let optional = [&b.attn_q_norm, &b.attn_k_norm, &b.rope_freqs];
+            std::iter::once(&b.attn_norm).chain(optional.into_iter().flatten()).collect()
+        }
+        Block::DeltaNet(b) => vec![&b.attn_norm, &b.ssm_conv1d, &b.ssm_dt, &b.ssm_a, &b.ssm_norm],
+        Block::Ffn(b) => vec![&b.ffn_norm],
+        Block::Moe(b) => {
+            let gate = b.shared.as_ref().and_then(|s| s.ffn_gate_inp_shexp.as_ref());
+            [&b.ffn_norm, &b.ffn_gate_inp].into_iter().chain(gate).collect()
+        }
+        Block::Head(b) => vec![&b.output_norm],
+    }
+}
+
+/// Blocks of a model on one GPU.
+pub struct Backend {
+    ops: Vec<Op>,
+    names: Vec<String>,
+    n_embd: usize,
+    n_vocab: Option<usize>,
+    options: Options,
+    layout: StateLayout,
+    planned: usize,
+    weights: Arena,
+    _kernels: Kernels,
+    device: Arc<Device>,
+}
+
+impl Backend {
+    /// Compiles the kernels of `blocks` and loads their weights from `source`. `progress` is told the bytes loaded so
+    /// far and their total.
+    ///
+    /// # Errors
+    /// A shape or type that the kernels do not take, no memory, or what driver and compiler say.
+    pub fn load(
+        device: &Arc<Device>,
+        compiler: Compiler,
+        blocks: &[Block<Weight>],
+        source: &dyn TensorSource,
+        options: &Options,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, Error> {
+        device.bind()?;
+        for w in blocks.iter().flat_map(float_weights) {
+            if w.ty != TensorType::F32 {
+                return Err(Error::Unsupported(format!("{} is {}, the GPU kernels want F32", w.name, w.ty)));
+            }
+        }
+        let n_sms = device.n_sms();
+        let weights_layout = WeightsLayout::new(blocks);
+        let layout = StateLayout::new(blocks, options, n_sms);
+        let planned = weights_layout.bytes() + layout.bytes();
+        let kernels = Kernels::new(device, compiler);
+        kernels.prepare(programs(blocks, options, n_sms)?)?;
+        let weights = Arena::new(device, "weights", weights_layout.bytes(), planned)?;
+
+        let mut items = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for block in blocks {
+            block.for_each(&mut |w| {
+                let range = weights_layout.range(w);
+                if seen.insert(range.offset) {
+                    items.push(upload::Item { weight: w.clone(), range });
+                }
+            });
+        }
+        let total = items.iter().map(|i| i.range.bytes).sum();
+        upload::upload(device, &kernels, &weights, &items, source, planned, &mut |done| progress(done, total))?;
+
+        let mut ops = Vec::new();
+        let mut linker = Linker::resolving(&kernels, n_sms);
+        for (block, frequencies) in blocks.iter().zip(&weights_layout.frequencies) {
+            let mut freq = (Ptr::NULL, 1.0);
+            if let (Block::Attention(b), Some(range)) = (block, frequencies) {
+                let divisors: Option<Vec<f32>> = b.rope_freqs.as_ref().map(|w| {
+                    let bytes = w.runs(source).collect::<Vec<_>>().concat();
+                    bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().expect("four bytes"))).collect()
+                });
+                let (values, magnitude) = b.shape.rope.frequencies(divisors.as_deref());
+                weights.write(*range, &values)?;
+                freq = (weights.ptr(*range), magnitude);
+            }
+            let Ok(placed) = block.try_map(&mut |w| {
+                let ptr = weights.ptr(weights_layout.range(w));
+                Ok::<_, Infallible>(DeviceWeight { ptr, ..DeviceWeight::unplaced(w) })
+            });
+            ops.push(Op::new(&mut linker, placed, freq, options)?);
+        }
+        let n_embd = blocks.iter().map(n_embd).max().unwrap_or(0);
+        let n_vocab = blocks.iter().find_map(|b| match b {
+            Block::Embed(b) => Some(b.n_vocab),
+            Block::Head(b) => Some(b.shape.n_vocab),
+            _ => None,
+        });
+        Ok(Self {
+            ops,
+            names: blocks.iter().map(Block::name).collect(),
+            n_embd,
+            n_vocab,
+            options: options.clone(),
+            layout,
+            planned,
+            weights,
+            _kernels: kernels,
+            device: device.clone(),
+        })
+    }
+
+    /// Bytes of the weight arena.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    /// Memory for all slots and the buffers of a step.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn state(&self) -> Result<State, Error> {
+        let arena = Arena::new(&self.device, "states and buffers", self.layout.bytes(), self.planned)?;
+        arena.fill(self.layout.routed[1], 0)?;
+        for range in self.layout.sampled {
+            arena.fill(range, 0)?;
+        }
+        let pinned = Pinned::new(self.options.n_slots * 4)?;
+        Ok(State { arena, graphs: HashMap::new(), pinned, held: Vec::new() })
+    }
+
+    fn step<'a>(&'a self, state: &State) -> Step<'a> {
+        Step::new(&self.device, &self.layout, &self.options, |range| state.arena.ptr(range))
+    }
+
+    fn state_of(&self, state: &State, block: usize) -> [Ptr; 2] {
+        self.layout.blocks[block].map(|range| state.arena.ptr(range))
+    }
+
+    /// Runs blocks `range` over `batch`. `x` holds the residual stream `[n_tokens, n_embd]`: read unless the first block
+    /// is Embed, written unless the last is Head. `logits` `[wanted, n_vocab]` is written if the last block is Head.
+    ///
+    /// # Errors
+    /// A batch that does not fit, or a fault, with the block's name.
+    pub fn run(
+        &self,
+        state: &mut State,
+        range: std::ops::Range<usize>,
+        batch: &Batch,
+        x: &mut [f32],
+        logits: &mut [f32],
+    ) -> Result<(), Error> {
+        let n = batch.tokens.len();
+        let Options { n_slots, n_ctx, n_batch, .. } = self.options;
+        batch.check(n_slots, n_ctx, self.n_vocab.unwrap_or(usize::MAX)).map_err(Error::Batch)?;
+        if n > n_batch {
+            return Err(Error::Batch(format!("a batch of {n} tokens, but the largest is {n_batch}")));
+        }
+        self.device.bind()?;
+        state.held.clear();
+        let rows = rows(batch);
+        let runs: Vec<Run> = runs(batch);
+        state.arena.write(self.layout.rows, &rows)?;
+        state.arena.write(self.layout.runs, &runs)?;
+        let wanted: Vec<u32> = batch.wanted.iter().map(|r| *r as u32).collect();
+        state.arena.write(self.layout.wanted, &wanted)?;
+        let mut step = self.step(state);
+        step.n_tokens = n;
+        step.n_runs = runs.len();
+        step.has_long_runs = runs.iter().any(|r| r.n_tokens > 1);
+        let x_range = Range { bytes: n * self.n_embd * 4, ..self.layout.x };
+        if !matches!(self.ops[range.start], Op::Embed(_)) {
+            assert_eq!(x.len(), n * self.n_embd, "residual stream");
+            state.arena.write(x_range, x)?;
+        }
+        for i in range.clone() {
+            step.state = self.state_of(state, i);
+            if let Op::Head(head) = &self.ops[i] {
+                assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
+                for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
+                    head.launch(&step, c * LOGIT_ROWS, out.len() / head.n_vocab)?;
+                    state.arena.read(self.layout.logits, out)?;
+                }
+                return Ok(());
+            }
+            self.ops[i].launch(&step).map_err(|e| self.in_block(i, e))?;
+        }
+        assert_eq!(x.len(), n * self.n_embd, "residual stream");
+        state.arena.read(x_range, x)
+    }
+
+    /// Names the block in a launch error.
+    fn in_block(&self, block: usize, e: Error) -> Error {
+        match e {
+            Error::Driver { call, reason } => Error::Kernel {
+                block: self.names[block].clone(),
+                ordinal: self.device.ordinal(),
+                reason: format!("{call}: {reason}"),
+            },
+            other => other,
+        }
+    }
+
+    /// One decode step of several sequences, each with one token, as one graph: returns the token with the largest logit
+    /// of each. All blocks must be here, Embed first and Head last. A call that goes on where the last one ended (same
+    /// slots, next positions, the tokens that it returned) costs one graph launch and a read of 4 bytes a sequence.
+    ///
+    /// # Errors
+    /// A batch that does not fit, or a fault.
+    pub fn decode(&self, state: &mut State, feeds: &[Feed]) -> Result<Vec<u32>, Error> {
+        let n = feeds.len();
+        assert!(
+            n > 0 && matches!(self.ops.first(), Some(Op::Embed(_))) && matches!(self.ops.last(), Some(Op::Head(_)))
+        );
+        let batch = Batch {
+            tokens: feeds.iter().map(|f| f.token).collect(),
+            sequences: feeds
+                .iter()
+                .map(|f| tandem_spec::Sequence { slot: f.slot, position: f.position, n_tokens: 1 })
+                .collect(),
+            wanted: (0..n).collect(),
+        };
+        batch
+            .check(self.options.n_slots, self.options.n_ctx, self.n_vocab.unwrap_or(usize::MAX))
+            .map_err(Error::Batch)?;
+        self.device.bind()?;
+        if state.held != feeds {
+            state.arena.write(self.layout.rows, &rows(&batch))?;
+            state.arena.write(self.layout.runs, &runs(&batch))?;
+            state.arena.write(self.layout.wanted, &(0..n as u32).collect::<Vec<_>>())?;
+        }
+        if !state.graphs.contains_key(&n) {
+            let graph = self.capture(state, n)?;
+            state.graphs.insert(n, graph);
+        }
+        // SAFETY: the graph's addresses are those of this state's arena and this backend's weights.
+        unsafe { result::graph::launch(state.graphs[&n].exec, self.device.stream()) }.during("launching a step")?;
+        self.device.wait("a decode step")?;
+        let tokens = state.pinned.tokens(n).to_vec();
+        state.held =
+            feeds.iter().zip(&tokens).map(|(f, t)| Feed { position: f.position + 1, token: *t, ..*f }).collect();
+        Ok(tokens)
+    }
+
+    /// Captures the decode step of `n` sequences.
+    fn capture(&self, state: &State, n: usize) -> Result<Graph, Error> {
+        let stream = self.device.stream();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is valid; the capture is ended below on every path.
+        unsafe { result::stream::begin_capture(stream, mode) }.during("capturing a step")?;
+        let queued = self.queue_decode(state, n);
+        // SAFETY: as above.
+        let graph = unsafe { result::stream::end_capture(stream) };
+        queued?;
+        let graph = graph.during("capturing a step")?;
+        let mut exec = std::ptr::null_mut();
+        // SAFETY: the graph was just captured; it is not needed after the instantiation.
+        let made = unsafe {
+            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result();
+            let _ = result::graph::destroy(graph);
+            made
+        };
+        made.during("instantiating a step")?;
+        Ok(Graph { exec })
+    }
+
+    fn queue_decode(&self, state: &State, n: usize) -> Result<(), Error> {
+        let mut step = self.step(state);
+        (step.n_tokens, step.n_runs, step.n_wanted) = (n, n, n);
+        for (i, op) in self.ops.iter().enumerate() {
+            step.state = self.state_of(state, i);
+            op.launch(&step).map_err(|e| self.in_block(i, e))?;
+            if let Op::Head(head) = op {
+                let sampled = self.layout.sampled.map(|r| state.arena.ptr(r));
+                head.choose(&step, sampled)?;
+                // SAFETY: both hold a token per slot.
+                unsafe {
+                    sys::cuMemcpyDtoHAsync_v2(state.pinned.ptr.cast(), sampled[2].0, n * 4, self.device.stream())
+                }
+                .result()
+                .during("copying tokens")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits `[n, n_vocab]` of the last decode step of `n` sequences.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn logits(&self, state: &State, logits: &mut [f32]) -> Result<(), Error> {
+        state.arena.read(self.layout.logits, logits)
+    }
+}
+
+/// One sequence of a decode step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feed {
+    /// Slot.
+    pub slot: usize,
+    /// Position of `token`: the number of tokens that the slot has seen.
+    pub position: usize,
+    /// Token id.
+    pub token: u32,
+}
+
+/// What changes from step to step: KV rows, delta-net states, activations, and the graphs that work on them.
+pub struct State {
+    graphs: HashMap<usize, Graph>,
+    pinned: Pinned,
+    /// What rows and runs hold on the device.
+    held: Vec<Feed>,
+    arena: Arena,
+}
+
+impl State {
+    /// Bytes of the state arena.
+    pub fn bytes(&self) -> usize {
+        self.arena.bytes()
+    }
+}
+
+struct Graph {
+    exec: sys::CUgraphExec,
+}
+
+// SAFETY: graph handles may be used from any thread whose context is current.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated once, destroyed once; the arena behind it is dropped later and waits for the stream.
+        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+    }
+}
+
+/// Pinned host memory for the tokens of a step.
+struct Pinned {
+    ptr: *mut u32,
+}
+
+// SAFETY: plain memory, written by the device during a step only.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(bytes: usize) -> Result<Self, Error> {
+        // SAFETY: a plain allocation, freed in `drop`.
+        let ptr = unsafe { result::malloc_host(bytes.max(4), 0) }.during("allocating pinned memory")?;
+        Ok(Self { ptr: ptr.cast() })
+    }
+
+    fn tokens(&self, n: usize) -> &[u32] {
+        // SAFETY: the allocation holds a token per slot, and the step that writes it has been waited for.
+        unsafe { std::slice::from_raw_parts(self.ptr, n) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`.
+        let _ = unsafe { result::free_host(self.ptr.cast()) };
+    }
+}
+
+fn rows(batch: &Batch) -> Vec<Row> {
+    let mut rows = Vec::with_capacity(batch.tokens.len());
+    for (i, s) in batch.sequences.iter().enumerate() {
+        for t in 0..s.n_tokens {
+            rows.push(Row {
+                slot: s.slot as u32,
+                position: (s.position + t) as u32,
+                sequence: i as u32,
+                token: batch.tokens[rows.len()],
+            });
+        }
+    }
+    rows
+}
+
+fn runs(batch: &Batch) -> Vec<Run> {
+    let mut first_row = 0;
+    let run = |s: &tandem_spec::Sequence| {
+        let run = Run { slot: s.slot as u32, position: s.position as u32, first_row, n_tokens: s.n_tokens as u32 };
+        first_row += run.n_tokens;
+        run
+    };
+    batch.sequences.iter().map(run).collect()
+}
+
+fn n_embd(block: &Block<Weight>) -> usize {
+    match block {
+        Block::Embed(b) => b.n_embd,
+        Block::Attention(b) => b.shape.n_embd,
+        Block::DeltaNet(b) => b.shape.n_embd,
+        Block::Ffn(b) => b.shape.n_embd,
+        Block::Moe(b) => b.shape.n_embd,
+        Block::Head(b) => b.shape.n_embd,
+    }
+}

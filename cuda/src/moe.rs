@@ -1,0 +1,128 @@
+//! `Moe` on the GPU: norm, then `moe.cu` (router and choice; gate and up of all chosen experts and the shared one; their
+//! weighted sum onto the residual stream). Refuses more than 31 experts per token.
+
+use crate::arena::Ptr;
+use crate::compile::{Args, Function, Launch, Program};
+use crate::error::Error;
+use crate::ops::{DeviceWeight, Linker, Norm, Step};
+use tandem_spec::{Linear, Moe};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Expert {
+    weight: Ptr,
+    scale: Ptr,
+    n_blocks: u64,
+}
+
+impl Expert {
+    const NONE: Expert = Expert { weight: Ptr::NULL, scale: Ptr::NULL, n_blocks: 0 };
+
+    fn new(l: &Linear<DeviceWeight>) -> Self {
+        let scale = l.scale.map_or(Ptr::NULL, |w| w.ptr);
+        Self { weight: l.weight.ptr, scale, n_blocks: l.weight.n_blocks() as u64 }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct MoeArgs {
+    h: Ptr,
+    codes: Ptr,
+    heads: Ptr,
+    router: Ptr,
+    gate_shared: Ptr,
+    experts: [Expert; 6],
+    logits: Ptr,
+    done: Ptr,
+    ids: Ptr,
+    weights: Ptr,
+    act: Ptr,
+    act_codes: Ptr,
+    act_heads: Ptr,
+    x: Ptr,
+}
+// SAFETY: mirrors MoeArgs in moe.cu, which compares sizes.
+unsafe impl Args for MoeArgs {}
+
+/// A block with its kernels.
+pub(crate) struct MoeOp {
+    block: Moe<DeviceWeight>,
+    norm: Norm,
+    route: Function,
+    gate_up: Function,
+    down: Function,
+}
+
+impl MoeOp {
+    pub fn new(linker: &mut Linker, block: Moe<DeviceWeight>) -> Result<Self, Error> {
+        let s = &block.shape;
+        if s.n_used > 31 {
+            return Err(Error::Unsupported(format!("{} experts per token: the GPU kernels take at most 31", s.n_used)));
+        }
+        let routed = [&block.ffn_gate_exps, &block.ffn_up_exps, &block.ffn_down_exps];
+        let shared = block.shared.as_ref().map(|e| [&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp]);
+        let mut program = Program::new("moe.cu", include_str!("moe.cu"))
+            .args::<MoeArgs>("MOE_ARGS")
+            .define("N", s.n_embd)
+            .define("N_EXPERTS", s.n_experts)
+            .define("N_USED", s.n_used)
+            .define("N_FF", s.n_ff)
+            .define("N_FF_SHARED", if shared.is_some() { s.n_ff_shared } else { 0 });
+        for (name, l) in ["TYPE_GATE", "TYPE_UP", "TYPE_DOWN"].into_iter().zip(routed) {
+            program = program.define(name, l.weight.ty as u32);
+        }
+        for (name, l) in ["TYPE_GATE_S", "TYPE_UP_S", "TYPE_DOWN_S"].into_iter().zip(shared.unwrap_or(routed)) {
+            program = program.define(name, l.weight.ty as u32);
+        }
+        let mut users = vec![&block.ffn_gate_exps, &block.ffn_up_exps];
+        users.extend(shared.iter().flat_map(|s| &s[..2]));
+        Ok(Self {
+            norm: Norm::new(linker, &block.ffn_norm, s.rms_eps, &users)?.with_floats(),
+            route: linker.function(program.clone(), "moe_route", 0)?,
+            gate_up: linker.function(program.clone(), "moe_gate_up", 0)?,
+            down: linker.function(program, "moe_down", 0)?,
+            block,
+        })
+    }
+
+    pub fn launch(&self, step: &Step) -> Result<(), Error> {
+        let (b, s, device, n) = (&self.block, &self.block.shape, step.device, step.n_tokens);
+        self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        let shared = b.shared.as_ref();
+        let of_shared = |f: fn(&tandem_spec::SharedExpert<DeviceWeight>) -> &Linear<DeviceWeight>| {
+            shared.map_or(Expert::NONE, |e| Expert::new(f(e)))
+        };
+        let args = MoeArgs {
+            h: step.hidden.x,
+            codes: step.hidden.codes,
+            heads: step.hidden.heads,
+            router: b.ffn_gate_inp.ptr,
+            gate_shared: shared.and_then(|e| e.ffn_gate_inp_shexp).map_or(Ptr::NULL, |w| w.ptr),
+            experts: [
+                Expert::new(&b.ffn_gate_exps),
+                Expert::new(&b.ffn_up_exps),
+                Expert::new(&b.ffn_down_exps),
+                of_shared(|e| &e.ffn_gate_shexp),
+                of_shared(|e| &e.ffn_up_shexp),
+                of_shared(|e| &e.ffn_down_shexp),
+            ],
+            logits: step.routed[0],
+            done: step.routed[1],
+            ids: step.routed[2],
+            weights: step.routed[3],
+            act: step.mixed.x,
+            act_codes: step.mixed.codes,
+            act_heads: step.mixed.heads,
+            x: step.x,
+        };
+        let n_shared = usize::from(shared.is_some());
+        let width = if shared.is_some() { s.n_ff.max(s.n_ff_shared) } else { s.n_ff };
+        // SAFETY: buffers hold `n` rows; ids lie below `n_experts` whatever the logits are; `done` starts as zero.
+        unsafe {
+            self.route.launch(device, Launch::grid((s.n_experts + 1).div_ceil(8), n, 1, 256), &args)?;
+            self.gate_up.launch(device, Launch::grid(width.div_ceil(32), s.n_used + n_shared, n, 256), &args)?;
+            self.down.launch(device, Launch::grid(s.n_embd.div_ceil(2), n, 1, 128), &args)
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! What the blocks share: weights on the device, the buffers between their kernels, the rows of a step, and the
+//! linker that turns programs into functions. One step of a block is a few launches on the device's stream.
+
+use crate::arena::{Ptr, Range, Ranges};
+use crate::compile::{Args, Function, Kernels, Launch, Program};
+use crate::device::Device;
+use crate::error::Error;
+use tandem_spec::{Block, KvDtype, Linear, TensorType, Weight};
+
+/// A weight in device memory, in the layout of [`crate::layout`].
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceWeight {
+    /// Start of its planes.
+    pub ptr: Ptr,
+    /// Type.
+    pub ty: TensorType,
+    /// Rows.
+    pub n_rows: usize,
+    /// Elements of a row.
+    pub n_cols: usize,
+}
+
+impl DeviceWeight {
+    /// `weight` without an address: for what depends on shapes only.
+    pub fn unplaced(weight: &Weight) -> Self {
+        Self { ptr: Ptr::NULL, ty: weight.ty, n_rows: weight.n_rows(), n_cols: weight.n_cols }
+    }
+
+    /// Quantisation blocks.
+    pub fn n_blocks(&self) -> usize {
+        self.n_rows * self.n_cols / self.ty.row().block_len
+    }
+}
+
+/// What a backend is made for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Sequences that can be under way.
+    pub n_slots: usize,
+    /// Positions of a slot.
+    pub n_ctx: usize,
+    /// Tokens of the largest batch.
+    pub n_batch: usize,
+    /// How keys and values are stored.
+    pub kv: KvDtype,
+}
+
+/// One token of a batch, as kernels see it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Row {
+    /// Slot of its sequence.
+    pub slot: u32,
+    /// Position in its sequence.
+    pub position: u32,
+    /// Index of its run.
+    pub sequence: u32,
+    /// Token id.
+    pub token: u32,
+}
+
+/// One run of a batch, as kernels see it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Run {
+    /// Slot.
+    pub slot: u32,
+    /// Position of its first token.
+    pub position: u32,
+    /// Row of its first token.
+    pub first_row: u32,
+    /// Tokens.
+    pub n_tokens: u32,
+}
+
+/// Activations `[n_tokens, n]` as floats, and as int8 codes with heads of 8 bytes per 32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Input {
+    pub x: Ptr,
+    pub codes: Ptr,
+    pub heads: Ptr,
+}
+
+/// Ranges of an [`Input`] of `n` elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InputRanges {
+    x: Range,
+    codes: Range,
+    heads: Range,
+}
+
+impl InputRanges {
+    fn new(ranges: &mut Ranges, n: usize) -> Self {
+        Self { x: ranges.take(4 * n), codes: ranges.take(n), heads: ranges.take(n.div_ceil(32) * 8) }
+    }
+
+    fn at(&self, base: impl Fn(Range) -> Ptr) -> Input {
+        Input { x: base(self.x), codes: base(self.codes), heads: base(self.heads) }
+    }
+}
+
+/// Rows of logits that are computed at a time.
+pub const LOGIT_ROWS: usize = 16;
+
+/// Where everything that changes during a step lies in the state arena: a pure function of blocks and options.
+#[derive(Clone, Debug)]
+pub struct StateLayout {
+    /// Two ranges per block: keys and values, or ring and recurrent state.
+    pub(crate) blocks: Vec<[Range; 2]>,
+    pub(crate) rows: Range,
+    pub(crate) runs: Range,
+    pub(crate) wanted: Range,
+    pub(crate) x: Range,
+    pub(crate) hidden: InputRanges,
+    pub(crate) projected: Range,
+    pub(crate) mixed: InputRanges,
+    pub(crate) parts: Range,
+    pub(crate) routed: [Range; 4],
+    pub(crate) logits: Range,
+    pub(crate) sampled: [Range; 3],
+    total: usize,
+}
+
+impl StateLayout {
+    /// The layout for `blocks` and `options` on a GPU of `n_sms` multiprocessors.
+    pub fn new<W>(blocks: &[Block<W>], options: &Options, n_sms: usize) -> Self {
+        let Options { n_slots, n_ctx, n_batch, kv } = *options;
+        let mut ranges = Ranges::default();
+        let (mut n_embd, mut projected, mut mixed, mut parts, mut n_vocab) = (0, 0, 0, 0, 0);
+        let (mut n_experts, mut n_used) = (0, 0);
+        let mut states = Vec::new();
+        for block in blocks {
+            let mut state = [Range::default(); 2];
+            match block {
+                Block::Embed(b) => n_embd = n_embd.max(b.n_embd),
+                Block::Attention(b) => {
+                    let s = &b.shape;
+                    let bytes = n_slots * n_ctx * s.kv_bytes_per_token(kv) / 2;
+                    state = [ranges.take(bytes), ranges.take(bytes)];
+                    n_embd = n_embd.max(s.n_embd);
+                    let q = s.n_heads * s.head_dim;
+                    projected = projected.max(if s.gated { 2 * q } else { q } + 2 * s.n_kv_heads * s.head_dim);
+                    mixed = mixed.max(q);
+                    let splits = crate::attention::n_splits(s, options, n_sms);
+                    parts = parts.max(n_batch * s.n_heads * splits * (s.head_dim + 2));
+                }
+                Block::DeltaNet(b) => {
+                    let s = &b.shape;
+                    let ring = ranges.take(n_slots * crate::layout::ring_len(s) * 4);
+                    state = [ring, ranges.take(n_slots * s.recurrent_len() * 4)];
+                    n_embd = n_embd.max(s.n_embd);
+                    projected = projected.max(s.n_channels() + s.n_value() + 2 * s.n_v_heads);
+                    mixed = mixed.max(s.n_value());
+                }
+                Block::Ffn(b) => {
+                    n_embd = n_embd.max(b.shape.n_embd);
+                    mixed = mixed.max(b.shape.n_ff);
+                }
+                Block::Moe(b) => {
+                    let s = &b.shape;
+                    n_embd = n_embd.max(s.n_embd);
+                    n_experts = n_experts.max(s.n_experts);
+                    n_used = n_used.max(s.n_used);
+                    mixed = mixed.max((s.n_used + 1) * s.n_ff.max(s.n_ff_shared).next_multiple_of(32));
+                }
+                Block::Head(b) => {
+                    n_embd = n_embd.max(b.shape.n_embd);
+                    n_vocab = n_vocab.max(b.shape.n_vocab);
+                }
+            }
+            states.push(state);
+        }
+        let logit_rows = LOGIT_ROWS.max(n_slots);
+        let routes = if n_experts > 0 { n_batch } else { 0 };
+        Self {
+            blocks: states,
+            rows: ranges.take(n_batch * size_of::<Row>()),
+            runs: ranges.take(n_batch.min(n_slots) * size_of::<Run>()),
+            wanted: ranges.take(n_batch * 4),
+            x: ranges.take(n_batch * n_embd * 4),
+            hidden: InputRanges::new(&mut ranges, n_batch * n_embd),
+            projected: ranges.take(n_batch * projected * 4),
+            mixed: InputRanges::new(&mut ranges, n_batch * mixed),
+            parts: ranges.take(parts * 4),
+            routed: [
+                ranges.take(routes * (n_experts + 1) * 4),
+                ranges.take(routes * 4),
+                ranges.take(routes * n_used * 4),
+                ranges.take(routes * (n_used + 1) * 4),
+            ],
+            logits: ranges.take(logit_rows * n_vocab * 4),
+            sampled: [ranges.take(n_slots * 8), ranges.take(n_slots * 4), ranges.take(n_slots * 4)],
+            total: ranges.total(),
+        }
+    }
+
+    /// Bytes of the state arena.
+    pub fn bytes(&self) -> usize {
+        self.total
+    }
+}
+
+/// Addresses of one step.
+pub(crate) struct Step<'a> {
+    pub device: &'a Device,
+    pub rows: Ptr,
+    pub runs: Ptr,
+    pub wanted: Ptr,
+    pub n_tokens: usize,
+    pub n_runs: usize,
+    /// Whether some run has more than one token.
+    pub has_long_runs: bool,
+    pub n_wanted: usize,
+    pub n_ctx: usize,
+    pub x: Ptr,
+    pub hidden: Input,
+    pub projected: Ptr,
+    pub mixed: Input,
+    pub parts: Ptr,
+    pub routed: [Ptr; 4],
+    pub logits: Ptr,
+    /// Keys and values, or ring and recurrent state, of the block at hand.
+    pub state: [Ptr; 2],
+}
+
+impl<'a> Step<'a> {
+    /// Addresses in the arena that `base` resolves ranges of; no tokens yet.
+    pub fn new(device: &'a Device, layout: &StateLayout, options: &Options, base: impl Fn(Range) -> Ptr) -> Self {
+        Self {
+            device,
+            rows: base(layout.rows),
+            runs: base(layout.runs),
+            wanted: base(layout.wanted),
+            n_tokens: 0,
+            n_runs: 0,
+            has_long_runs: false,
+            n_wanted: 0,
+            n_ctx: options.n_ctx,
+            x: base(layout.x),
+            hidden: layout.hidden.at(&base),
+            projected: base(layout.projected),
+            mixed: layout.mixed.at(&base),
+            parts: base(layout.parts),
+            routed: layout.routed.map(&base),
+            logits: base(layout.logits),
+            state: [Ptr::NULL; 2],
+        }
+    }
+}
+
+/// Turns programs into functions; without kernels it only collects the programs.
+pub(crate) struct Linker<'a> {
+    kernels: Option<&'a Kernels>,
+    pub programs: Vec<Program>,
+    pub n_sms: usize,
+}
+
+impl<'a> Linker<'a> {
+    /// Collects programs.
+    pub fn collecting(n_sms: usize) -> Self {
+        Self { kernels: None, programs: Vec::new(), n_sms }
+    }
+
+    /// Resolves functions of prepared programs.
+    pub fn resolving(kernels: &'a Kernels, n_sms: usize) -> Self {
+        Self { kernels: Some(kernels), programs: Vec::new(), n_sms }
+    }
+
+    /// Kernel `entry` of `program`, with up to `shared` bytes of dynamic shared memory.
+    pub fn function(&mut self, program: Program, entry: &str, shared: usize) -> Result<Function, Error> {
+        match self.kernels {
+            Some(kernels) => kernels.function(&program, entry, shared),
+            None => {
+                self.programs.push(program);
+                Ok(Function::unresolved())
+            }
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct NormArgs {
+    x: Ptr,
+    weight: Ptr,
+    gather: Ptr,
+    out: Ptr,
+    codes: Ptr,
+    heads: Ptr,
+    eps: f32,
+    pad: u32,
+}
+// SAFETY: mirrors NormArgs in norm.cu, which compares sizes.
+unsafe impl Args for NormArgs {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct EmbedArgs {
+    weight: Ptr,
+    rows: Ptr,
+    x: Ptr,
+    n_blocks: u64,
+}
+// SAFETY: mirrors EmbedArgs in norm.cu, which compares sizes.
+unsafe impl Args for EmbedArgs {}
+
+fn norm_program(n: usize) -> Program {
+    Program::new("norm.cu", include_str!("norm.cu"))
+        .args::<NormArgs>("NORM_ARGS")
+        .args::<EmbedArgs>("EMBED_ARGS")
+        .define("N", n)
+}
+
+/// RMS norm of rows, or only their int8 form.
+pub(crate) struct Norm {
+    n: usize,
+    weight: Ptr,
+    eps: f32,
+    /// Which forms the matrices that follow take.
+    floats: bool,
+    codes: bool,
+    function: Function,
+}
+
+impl Norm {
+    /// `weight` `[n]` f32, before the matrices `users`.
+    pub fn new(
+        linker: &mut Linker,
+        weight: &DeviceWeight,
+        eps: f32,
+        users: &[&Linear<DeviceWeight>],
+    ) -> Result<Self, Error> {
+        let mut quantised = users.iter().map(|l| l.weight.ty.is_quantised());
+        Ok(Self {
+            n: weight.n_cols,
+            weight: weight.ptr,
+            eps,
+            floats: !quantised.clone().all(|q| q),
+            codes: quantised.any(|q| q),
+            function: linker.function(norm_program(weight.n_cols), "norm_rows", 0)?,
+        })
+    }
+
+    /// Quantises rows of `n`.
+    pub fn quantiser(linker: &mut Linker, n: usize) -> Result<Self, Error> {
+        let function = linker.function(norm_program(n), "norm_rows", 0)?;
+        Ok(Self { n, weight: Ptr::NULL, eps: 0.0, floats: false, codes: true, function })
+    }
+
+    /// Also as floats, whatever the users are.
+    pub fn with_floats(mut self) -> Self {
+        self.floats = true;
+        self
+    }
+
+    /// `out` = rows of `x` (row `gather[i]`, or `i`), `n_rows` of them.
+    pub fn launch(&self, device: &Device, x: Ptr, gather: Ptr, out: &Input, n_rows: usize) -> Result<(), Error> {
+        let only = |wanted: bool, p: Ptr| if wanted { p } else { Ptr::NULL };
+        let args = NormArgs {
+            x,
+            weight: self.weight,
+            gather,
+            out: only(self.floats, out.x),
+            codes: only(self.codes, out.codes),
+            heads: out.heads,
+            eps: self.eps,
+            pad: 0,
+        };
+        let threads = self.n.next_multiple_of(32).min(1024);
+        // SAFETY: `x` and `out` hold `n_rows` rows of `n`; codes are asked for only where `n` is whole units.
+        unsafe { self.function.launch(device, Launch::new(n_rows, threads), &args) }
+    }
+}
+
+/// Token rows of the embedding.
+pub(crate) struct Embed {
+    weight: DeviceWeight,
+    function: Function,
+}
+
+impl Embed {
+    pub fn new(linker: &mut Linker, block: &tandem_spec::Embed<DeviceWeight>) -> Result<Self, Error> {
+        let program = norm_program(block.n_embd).define("TYPE", block.token_embd.ty as u32);
+        Ok(Self { weight: block.token_embd, function: linker.function(program, "embed", 0)? })
+    }
+
+    /// Fills the residual stream.
+    pub fn launch(&self, step: &Step) -> Result<(), Error> {
+        let args =
+            EmbedArgs { weight: self.weight.ptr, rows: step.rows, x: step.x, n_blocks: self.weight.n_blocks() as u64 };
+        let launch = Launch::grid(self.weight.n_cols.div_ceil(256), step.n_tokens, 1, 256);
+        // SAFETY: token ids were checked when the batch was built; the stream holds `n_tokens` rows.
+        unsafe { self.function.launch(step.device, launch, &args) }
+    }
+}

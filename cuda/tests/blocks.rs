@@ -1,0 +1,143 @@
+//! On a GPU: every block against the exact reference, for every case of the table.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use tandem_cuda::{Backend, Compiler, Device, Options};
+use tandem_spec::KvDtype;
+use tandem_spec::testing::{Case, Poisoned, Shape, cases, relative_rms_of_rows};
+
+/// The first GPU and a compiler that keeps cubins beside the build, or why not.
+pub fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
+    let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
+    let cache = std::env::temp_dir().join("tandem-test-cubins");
+    let compiler = move || Compiler::new(libs.as_deref(), Some(cache.clone()));
+    match Device::open(0).and_then(|device| compiler().map(|_| device)) {
+        Ok(device) => Some((Arc::new(device), move || compiler().expect("loaded before"))),
+        Err(e) => {
+            println!("skipped: {e}");
+            None
+        }
+    }
+}
+
+pub fn options(case: &Case) -> Options {
+    let tokens =
+        |f: &dyn Fn(usize) -> bool| case.steps.iter().flatten().filter(|run| f(run.0)).map(|run| run.1).sum::<usize>();
+    let n_batch = case.steps.iter().map(|runs| runs.iter().map(|run| run.1).sum()).max().unwrap_or(1);
+    let n_ctx = (0..case.n_slots).map(|slot| tokens(&|s| s == slot)).max().unwrap_or(1);
+    Options { n_slots: case.n_slots, n_ctx, n_batch, kv: case.kv_dtype }
+}
+
+/// Largest normalised error of any row over the steps of a case.
+fn error_of(case: &Case, expected: &[Vec<f64>], device: &Arc<Device>, compiler: Compiler) -> f64 {
+    let (block, source) = case.block();
+    let blocks = [block];
+    let backend = Backend::load(device, compiler, &blocks, &source, &options(case), &mut |_, _| {})
+        .unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    let mut state = backend.state().unwrap();
+    let mut worst = 0.0f64;
+    for ((batch, before), want) in case.inputs().iter().zip(expected) {
+        let mut x = before.clone();
+        let n_logits = if matches!(case.shape, Shape::Head(_)) { want.len() } else { 0 };
+        let mut logits = Poisoned::new(n_logits);
+        if matches!(case.shape, Shape::Embed { .. }) {
+            x.fill(f32::NAN);
+        }
+        backend.run(&mut state, 0..1, batch, &mut x, logits.out()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let error = match case.shape {
+            Shape::Head(_) => relative_rms_of_rows(logits.checked(), want, case.n_vocab()),
+            Shape::Embed { .. } => relative_rms_of_rows(&x, want, case.n_embd()),
+            _ => {
+                let added: Vec<f32> = x.iter().zip(before).map(|(x, b)| x - b).collect();
+                relative_rms_of_rows(&added, want, case.n_embd())
+            }
+        };
+        worst = worst.max(error);
+    }
+    worst
+}
+
+/// Float weights meet float activations; the rest is rounding of f32 sums.
+const BOUND_FLOAT: f64 = 5e-6;
+/// A key or value next to a rounding boundary of bf16 may fall on its other side than the reference's.
+const BOUND_BF16: f64 = 1e-3;
+/// Quantised weights meet activations of 8 bits with a scale per 32: each product of such a block adds about a percent,
+/// and the worst row of the worst case has three.
+const BOUND_QUANTISED: f64 = 0.035;
+/// The gated norm enlarges the rounding of rows whose delta-net output is small.
+const BOUND_DELTA_NET: f64 = 0.08;
+
+/// Runs the cases of a kind: references and compilations on all cores, then case after case on the GPU.
+fn check(kind: &str) {
+    let Some((device, compiler)) = gpu() else { return };
+    let cases: Vec<Case> = cases().into_iter().filter(|case| case.name.starts_with(kind)).collect();
+    assert!(!cases.is_empty());
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let expected = std::sync::Mutex::new(vec![Vec::new(); cases.len()]);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let Some(case) = cases.get(i) else { return };
+                    let (block, source) = case.block();
+                    let want = case.expected(&block, &source, &case.inputs());
+                    expected.lock().unwrap()[i] = want;
+                }
+            });
+        }
+    });
+    let programs: Vec<_> = cases
+        .iter()
+        .flat_map(|case| tandem_cuda::programs(&[case.block().0], &options(case), device.n_sms()).unwrap())
+        .collect();
+    let (major, minor) = device.compute_capability();
+    compiler().cubins(&programs, &format!("sm_{major}{minor}")).unwrap_or_else(|e| panic!("{e}"));
+    let mut failed = Vec::new();
+    for (case, expected) in cases.iter().zip(expected.into_inner().unwrap()) {
+        let quantised = case.types.iter().any(|ty| ty.is_quantised());
+        let is_embed = matches!(case.shape, Shape::Embed { .. });
+        let bound = match case.shape {
+            _ if !quantised && case.kv_dtype == KvDtype::Bf16 => BOUND_BF16,
+            _ if !quantised || is_embed => BOUND_FLOAT,
+            Shape::DeltaNet(_) => BOUND_DELTA_NET,
+            _ => BOUND_QUANTISED,
+        };
+        let error = error_of(case, &expected, &device, compiler());
+        println!("{:40} {error:.2e}{}", case.name, if error <= bound { "" } else { "  FAILED" });
+        if error.is_nan() || error > bound {
+            failed.push(format!("{}: {error:.2e} over {bound:.0e}", case.name));
+        }
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[test]
+fn embed_agrees_with_the_reference() {
+    check("embed");
+}
+
+#[test]
+fn attention_agrees_with_the_reference() {
+    check("attention");
+}
+
+#[test]
+fn delta_net_agrees_with_the_reference() {
+    check("delta_net");
+}
+
+#[test]
+fn ffn_agrees_with_the_reference() {
+    check("ffn");
+}
+
+#[test]
+fn moe_agrees_with_the_reference() {
+    check("moe");
+}
+
+#[test]
+fn head_agrees_with_the_reference() {
+    check("head");
+}
