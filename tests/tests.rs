@@ -1,7 +1,14 @@
 //! The one integration test binary. Each module says here in a sentence what it shows.
 
+#[global_allocator]
+static ALLOCATOR: suite::allocations::Counting = suite::allocations::Counting;
+
 #[path = "suite"]
 mod suite {
+    /// How much a piece of work allocates.
+    pub mod allocations;
+    /// Crafted files, one for every way in which a file can lie, are refused with a clear error and bounded memory.
+    mod corpus;
     /// GGUF files are read as an independent reader reads them, split sets as one, and quickly.
     mod files;
     /// Whole models give the logits of the independent oracle, in every arithmetic, chunking and batch.

@@ -371,13 +371,13 @@ impl RawTensor {
         }
         let (ty, n_elements) = (ty?, n_elements.filter(|&n| n > 0)?);
         let ne: Vec<usize> = self.ne.iter().map(|&d| usize::try_from(d).ok()).collect::<Option<_>>()?;
-        let Some(row_bytes) = ty.row_bytes(ne[0]) else {
+        if !ne[0].is_multiple_of(ty.row().block_len) {
             wrong(format!("rows of whole {ty} blocks of {} elements", ty.row().block_len), shape);
             return None;
-        };
+        }
         let n_rows = n_elements as u64 / self.ne[0];
-        let end =
-            n_rows.checked_mul(row_bytes as u64).and_then(|n| n.checked_add(self.offset)?.checked_add(data_start));
+        let n_bytes = ty.row_bytes(ne[0]).and_then(|n| n_rows.checked_mul(n as u64));
+        let end = n_bytes.and_then(|n| n.checked_add(self.offset)?.checked_add(data_start));
         let start = data_start.checked_add(self.offset);
         match (start, end) {
             (Some(start), Some(end)) if end <= file_len => Some(Placed {
