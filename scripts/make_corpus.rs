@@ -17,8 +17,6 @@ pub(crate) enum Stage {
     Model,
     /// Building its tokenizer.
     Tokenizer,
-    /// Rendering its chat template.
-    Template,
 }
 
 /// A crafted file or split set.
@@ -240,14 +238,19 @@ fn header_cases() -> Vec<Case> {
             bytes.truncate(bytes.len() - 64);
             bytes
         }),
-        case(changed("qwen35", |c| {
-            c.set("qwen35.rope.dimension_sections", i32s(&[9, 9, 9, 9])).key("general.name", text("again"));
-            c.tensor_mut("output_norm.weight").ty = 99;
-            c.tensor_mut("blk.0.ssm_norm.weight").offset = Some(3);
-            c.tensor_mut("blk.1.attn_k.weight").offset = Some(1 << 40);
-            c.tensor_mut("blk.1.attn_v.weight").ne = vec![8, 0];
-            c.tensor_mut("blk.1.ffn_up.weight").data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-        })),
+        case(
+            "many-problems",
+            Header,
+            "key \"general.name\": expected every key once",
+            changed("qwen35", |c| {
+                c.set("qwen35.rope.dimension_sections", i32s(&[9, 9, 9, 9])).key("general.name", text("again"));
+                c.tensor_mut("output_norm.weight").ty = 99;
+                c.tensor_mut("blk.0.ssm_norm.weight").offset = Some(3);
+                c.tensor_mut("blk.1.attn_k.weight").offset = Some(1 << 40);
+                c.tensor_mut("blk.1.attn_v.weight").ne = vec![8, 0];
+                c.tensor_mut("blk.1.ffn_up.weight").data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+            }),
+        ),
     ]
 }
 
@@ -540,7 +543,7 @@ fn model_cases() -> Vec<Case> {
         ),
         key(
             "recurrent-contradicts",
-            "tensor \"blk.0.attn_q.weight\": expected a tensor",
+            "tensor \"blk.0.attn_qkv.weight\": expected shape [8, 24]",
             "qwen35",
             "attention.recurrent_layers",
             bools(&[false, false]),
@@ -577,7 +580,7 @@ fn model_cases() -> Vec<Case> {
         ),
         key(
             "experts-contradict",
-            "tensor \"blk.0.ffn_gate_inp.weight\": expected shape [8, 4], found shape [8, 3]",
+            "tensor \"blk.0.ffn_gate_exps.weight\": expected shape [8, 8, 4], found shape [8, 8, 3]",
             "qwen3moe",
             "expert_count",
             u32(4),
@@ -655,11 +658,128 @@ fn model_cases() -> Vec<Case> {
     ]
 }
 
+/// A file of a vocabulary alone, with one change: the bytes, a merge and control tokens (`gpt2`), or byte tokens and
+/// scores (`llama`).
+fn vocabulary(model: &str, change: impl FnOnce(&mut Craft, &mut Vec<String>)) -> Vec<u8> {
+    let mut tokens: Vec<String> = if model == "gpt2" {
+        // Printable bytes stand for themselves, the others for the characters from U+0100 on.
+        let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+        let other = |b: u32| 0x100 + (0..b).filter(|b| !printable(*b)).count() as u32;
+        let of = |b: u32| if printable(b) { b } else { other(b) };
+        (0..256).map(|b| char::from_u32(of(b)).expect("a character below U+0144").to_string()).collect()
+    } else {
+        let fixed = ["<unk>", "<s>", "</s>"].map(String::from);
+        fixed.into_iter().chain((0..256).map(|b| format!("<0x{b:02X}>"))).collect()
+    };
+    tokens.extend(["ab", "abc", "<|im_start|>", "<|im_end|>"].map(String::from));
+    let kind = |t: &String| match t {
+        _ if t.starts_with("<0x") => 6,
+        _ if t.len() > 1 && t.starts_with('<') => 3,
+        _ => 1,
+    };
+    let mut c = Craft::default();
+    c.key("tokenizer.ggml.model", text(model)).key("tokenizer.ggml.pre", text("qwen2"));
+    c.key("tokenizer.ggml.token_type", i32s(&tokens.iter().map(kind).collect::<Vec<_>>()));
+    c.key("tokenizer.ggml.eos_token_id", u32(tokens.len() as u32 - 1));
+    match model {
+        "gpt2" => c.key("tokenizer.ggml.merges", texts(&["a b", "ab c"])),
+        _ => c.key("tokenizer.ggml.scores", f32s(&vec![-1.0; tokens.len()])),
+    };
+    change(&mut c, &mut tokens);
+    c.key("tokenizer.ggml.tokens", texts(&tokens));
+    c.bytes()
+}
+
+fn tokenizer_cases() -> Vec<Case> {
+    use Stage::Tokenizer;
+    let with = |name: &'static str, says: &'static str, change: &dyn Fn(&mut Craft, &mut Vec<String>)| {
+        case(name, Tokenizer, says, vocabulary("gpt2", |c, tokens| change(c, tokens)))
+    };
+    let scored = |name: &'static str, says: &'static str, change: &dyn Fn(&mut Craft, &mut Vec<String>)| {
+        case(name, Tokenizer, says, vocabulary("llama", |c, tokens| change(c, tokens)))
+    };
+    let set = |name: &'static str, says: &'static str, key: &'static str, value: Value| {
+        with(name, says, &|c, _| {
+            c.set(key, value.clone());
+        })
+    };
+    vec![
+        set("tokenizer-model", "tokenizer.ggml.model\": expected gpt2", "tokenizer.ggml.model", text("t5")),
+        set("tokenizer-pre", "tokenizer.ggml.pre\": expected", "tokenizer.ggml.pre", text("no-such")),
+        with("tokens-none", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens.clear()),
+        with("tokens-one-more", "tokenizer.ggml.token_type\": expected 261 entries", &|_, tokens| {
+            tokens.push("x".into())
+        }),
+        with("tokens-one-byte-less", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens[122] = "zz".into()),
+        set(
+            "types-short",
+            "tokenizer.ggml.token_type\": expected 260 entries",
+            "tokenizer.ggml.token_type",
+            i32s(&[1, 1]),
+        ),
+        set(
+            "types-narrow",
+            "token_type\": expected an array of i32, found array of 260 u8",
+            "tokenizer.ggml.token_type",
+            array_of(0, 260, vec![1; 260]),
+        ),
+        set(
+            "types-unknown",
+            "tokenizer.ggml.token_type\": expected types from 0 to 6",
+            "tokenizer.ggml.token_type",
+            i32s(&[77; 260]),
+        ),
+        set(
+            "types-text",
+            "tokenizer.ggml.token_type\": expected an array of i32",
+            "tokenizer.ggml.token_type",
+            texts(&["1"; 260]),
+        ),
+        set("eos-past-end", "eos_token_id\": expected an id below 260", "tokenizer.ggml.eos_token_id", u32(260)),
+        set("eos-huge", "eos_token_id\": expected an id below 260", "tokenizer.ggml.eos_token_id", u32(u32::MAX)),
+        set("eos-text", "eos_token_id\": expected an integer", "tokenizer.ggml.eos_token_id", text("2")),
+        set("bos-negative", "bos_token_id\": expected an integer", "tokenizer.ggml.bos_token_id", i32(-1)),
+        set(
+            "merges-absent-token",
+            "tokenizer.ggml.merges\": expected",
+            "tokenizer.ggml.merges",
+            texts(&["a b", "no such"]),
+        ),
+        set(
+            "merges-absent-result",
+            "tokenizer.ggml.merges\": expected",
+            "tokenizer.ggml.merges",
+            texts(&["a b", "a c"]),
+        ),
+        set("merges-no-pair", "tokenizer.ggml.merges\": expected", "tokenizer.ggml.merges", texts(&["ab"])),
+        set(
+            "merges-numbers",
+            "tokenizer.ggml.merges\": expected an array of strings",
+            "tokenizer.ggml.merges",
+            i32s(&[1, 2]),
+        ),
+        scored("byte-token-malformed", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens[3] = "<0xZZ>".into()),
+        scored("byte-token-short", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens[3] = "<0x".into()),
+        scored("byte-token-long", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens[3] = "<0x000>".into()),
+        scored("byte-token-wide", "tokenizer.ggml.tokens\": expected", &|_, tokens| tokens[3] = "<0x\u{20ac}>".into()),
+        scored("scores-short", "tokenizer.ggml.scores\": expected", &|c, _| {
+            c.set("tokenizer.ggml.scores", f32s(&[0.0; 3]));
+        }),
+        scored("scores-nan", "tokenizer.ggml.scores\": expected", &|c, tokens| {
+            c.set("tokenizer.ggml.scores", f32s(&vec![f32::NAN; tokens.len()]));
+        }),
+        scored("scores-bytes", "tokenizer.ggml.scores\": expected an array of f32", &|c, tokens| {
+            c.set("tokenizer.ggml.scores", array_of(0, tokens.len() as u64, vec![0; tokens.len()]));
+        }),
+    ]
+}
+
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut all = header_cases();
     all.extend(split_cases());
     all.extend(model_cases());
+    all.extend(tokenizer_cases());
     all
 }
 

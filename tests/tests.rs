@@ -15,9 +15,9 @@ mod suite {
     mod golden;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
-    /// Style that a machine can check: imports, owners of outside crates, dead files.
-    mod tidy;
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;
+    /// Style that a machine can check: imports, owners of outside crates, dead files.
+    mod tidy;
 }

@@ -182,7 +182,7 @@ impl AttentionLayers {
         let fused = format!("{p}attn_qkv");
         let (attn_q, attn_k, attn_v) = if r.find(&format!("{fused}.weight")).is_some() {
             let all = r.linear(&fused, n_embd, n_q + 2 * n_kv);
-            let rows = |start: usize, n: usize| part(&all, &[start..start + n]);
+            let rows = |start: usize, n: usize| part(&all, std::iter::once(start..start + n));
             (rows(0, n_q), rows(n_q, n_kv), rows(n_q + n_kv, n_kv))
         } else {
             let mut linear = |name: &str, n_out: usize| r.linear(&format!("{p}{name}"), n_embd, n_out);
@@ -322,10 +322,8 @@ pub(super) fn moe(r: &mut Reader, shape: &MoeShape, il: usize, norm: &str) -> Bl
     let n = |name: &str| format!("{p}{name}");
     let (ffn_gate_exps, ffn_up_exps) = if r.find(&n("ffn_gate_up_exps.weight")).is_some() {
         let both = r.stack(&n("ffn_gate_up_exps"), &n("ffn_up_exps"), n_embd, 2 * n_ff, n_experts);
-        let rows = |first: usize| -> Vec<_> {
-            (0..n_experts).map(|e| (2 * e + first) * n_ff..(2 * e + first + 1) * n_ff).collect()
-        };
-        (part(&both, &rows(0)), part(&both, &rows(1)))
+        let rows = |first: usize| (0..n_experts).map(move |e| (2 * e + first) * n_ff..(2 * e + first + 1) * n_ff);
+        (part(&both, rows(0)), part(&both, rows(1)))
     } else {
         let mut stack = |name: &str| r.stack(&n(name), &n(name), n_embd, n_ff, n_experts);
         (stack("ffn_gate_exps"), stack("ffn_up_exps"))
@@ -410,19 +408,16 @@ pub(super) fn delta_net(r: &mut Reader, shape: &DeltaNetShape, il: usize) -> Blo
             let start = move |g: usize| g * group + first * head_dim;
             (0..n_k_heads).map(move |g| start(g)..start(g) + heads * head_dim)
         };
-        let qkv: Vec<_> = rows(0, 1).chain(rows(1, 1)).chain(rows(2, ratio)).collect();
-        let z: Vec<_> = rows(2 + ratio, ratio).collect();
-        (part(&all, &qkv), part(&all, &z))
+        let qkv = rows(0, 1).chain(rows(1, 1)).chain(rows(2, ratio));
+        (part(&all, qkv), part(&all, rows(2 + ratio, ratio)))
     } else {
         (r.linear(&n("attn_qkv"), n_embd, n_channels), r.linear(&n("attn_gate"), n_embd, n_value))
     };
     let (ssm_beta, ssm_alpha) = if r.find(&n("ssm_ba.weight")).is_some() {
         // Per K head: the betas of its V heads, then their alphas.
         let both = r.linear(&n("ssm_ba"), n_embd, 2 * n_v_heads);
-        let rows = |second: usize| -> Vec<_> {
-            (0..n_k_heads).map(|g| (2 * g + second) * ratio..(2 * g + second + 1) * ratio).collect()
-        };
-        (part(&both, &rows(0)), part(&both, &rows(1)))
+        let rows = |second: usize| (0..n_k_heads).map(move |g| (2 * g + second) * ratio..(2 * g + second + 1) * ratio);
+        (part(&both, rows(0)), part(&both, rows(1)))
     } else {
         (r.linear(&n("ssm_beta"), n_embd, n_v_heads), r.linear(&n("ssm_alpha"), n_embd, n_v_heads))
     };

@@ -14,8 +14,10 @@ use crate::gguf::{Error, File, Problems};
 use reader::Reader;
 use tandem_spec::Model;
 
+type Read = fn(&mut Reader) -> Option<Model>;
+
 /// `general.architecture` and what reads it.
-static ARCHITECTURES: &[(&str, fn(&mut Reader) -> Option<Model>)] = &[
+static ARCHITECTURES: &[(&str, Read)] = &[
     ("qwen35", qwen35::read),
     ("qwen35moe", qwen35::read),
     ("qwen3next", qwen3next::read),

@@ -2,7 +2,7 @@
 //! that one pass reports all of them; a model is only made if there were none.
 
 use crate::gguf::{Error, File, FromValue, Problems};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::{Linear, Tensor, TensorType, Weight};
 
@@ -216,11 +216,11 @@ impl<'a> Reader<'a> {
 }
 
 /// Rows `rows` of a fused projection, with its scale and the same part of its bias.
-pub(super) fn part(fused: &Linear<Weight>, rows: &[std::ops::Range<usize>]) -> Linear<Weight> {
+pub(super) fn part(fused: &Linear<Weight>, rows: impl Iterator<Item = Range<usize>> + Clone) -> Linear<Weight> {
     // A bias is one row; its slice is rows of one element.
-    let elements = |w: &Weight| Weight { n_cols: 1, ..w.clone() }.with_rows(rows.iter().cloned());
+    let elements = |w: &Weight| Weight { n_cols: 1, ..w.clone() }.with_rows(rows.clone());
     Linear {
-        weight: fused.weight.clone().with_rows(rows.iter().cloned()),
+        weight: fused.weight.clone().with_rows(rows.clone()),
         scale: fused.scale.clone(),
         bias: fused.bias.as_ref().map(elements),
     }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use tandem::cli::inspect::inspect;
 use tandem::gguf::{Error, File};
 use tandem::model;
+use tandem::text::{Tokenizer, Vocabulary};
 
 const ARCHITECTURES: [&str; 7] = ["qwen35", "qwen35moe", "qwen3next", "qwen3", "qwen3moe", "qwen2", "llama"];
 
@@ -31,10 +32,15 @@ fn refusal(case: &Case) -> Error {
         return opened.map(drop).expect_err(case.name);
     }
     let file = opened.expect(case.name);
-    if case.stage == Stage::Model {
-        return model::describe(&file).map(drop).expect_err(case.name);
+    match case.stage {
+        Stage::Model => model::describe(&file).map(drop).expect_err(case.name),
+        _ => tokenizer(&file).map(drop).expect_err(case.name),
     }
-    unreachable!("{}: no such stage", case.name)
+}
+
+/// The tokenizer of the file.
+fn tokenizer(file: &File) -> Result<Tokenizer, Error> {
+    Tokenizer::new(Vocabulary::from_metadata(file.metadata())?)
 }
 
 #[test]
@@ -73,9 +79,10 @@ fn crafted_files_cause_no_allocation_larger_than_they_justify() {
     for case in cases() {
         let bytes: usize = case.files.iter().map(|(_, bytes)| bytes.len()).sum();
         let (_, allocated) = allocated(|| refusal(&case));
-        // The header is read in steps of 64 KiB, and a table entry takes a few times its bytes in the file.
-        assert!(allocated.largest <= (1 << 18) + 4 * bytes, "{}: {allocated:?} for {bytes} bytes", case.name);
-        assert!(allocated.peak <= (1 << 19) + 16 * bytes, "{}: {allocated:?} for {bytes} bytes", case.name);
+        // The header is read in steps of 64 KiB, and a table entry takes a few times its bytes in the file. A tokenizer
+        // has caches and compiled patterns, whatever the file.
+        assert!(allocated.largest <= (1 << 20) + 4 * bytes, "{}: {allocated:?} for {bytes} bytes", case.name);
+        assert!(allocated.peak <= (1 << 22) + 16 * bytes, "{}: {allocated:?} for {bytes} bytes", case.name);
     }
 }
 
@@ -112,7 +119,7 @@ fn inspect_reports_every_problem_of_a_file() {
     for case in cases() {
         let report = inspect(&path(&case), true);
         let first = refusal(&case).to_string();
-        assert_eq!(report.problems.first(), Some(&first), "{}", case.name);
+        assert!(report.problems.contains(&first), "{}: {:#?}", case.name, report.problems);
         assert!(report.text().contains("problems, "), "{}", case.name);
     }
     let many = cases().into_iter().find(|c| c.name == "many-problems").unwrap();
