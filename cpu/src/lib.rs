@@ -2,9 +2,25 @@
 //! every block. Knows no file, no model architecture and no other backend.
 
 pub mod activations;
+mod attention;
+pub mod backend;
+mod delta_net;
+mod embed;
+mod ffn;
+mod gemm;
+mod head;
 pub mod isa;
 pub mod matrix;
+mod moe;
+mod norm;
+mod pool;
+mod projection;
+mod simd;
+pub mod state;
+mod step;
 
 pub use activations::{ActivationBuffer, Activations, Forms};
+pub use backend::{Backend, Error, Options};
 pub use isa::Isa;
 pub use matrix::{Matrix, OutRows};
+pub use state::{Snapshot, State, StateSize};

@@ -1,0 +1,297 @@
+//! The backend: packed blocks of a model, and the run of consecutive blocks over a batch. Immutable once loaded. Refuses
+//! batches that the state has no room for.
+
+use crate::attention::AttentionBlock;
+use crate::delta_net::DeltaNetBlock;
+use crate::embed::EmbedBlock;
+use crate::ffn::FfnBlock;
+use crate::head::HeadBlock;
+use crate::moe::{MoeBlock, Routing};
+use crate::pool::Pool;
+use crate::projection::{Projection, vector};
+use crate::state::{BlockState, Layout, StateSize};
+use crate::step::{Shared, Step};
+use crate::{Isa, Matrix, State};
+use std::ops::Range;
+use std::sync::Arc;
+use tandem_spec::{Batch, Block, Linear, Model, TensorSource, Weight};
+
+/// What can fail.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The instruction set was asked for and is not there.
+    #[error("this processor has no {0}; choose avx512, avx2 or portable, or leave the choice to tandem")]
+    Isa(&'static str),
+    /// Threads cannot be started.
+    #[error("cannot start the CPU workers: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+    /// Memory cannot be allocated.
+    #[error(
+        "cannot allocate {bytes} bytes for keys, values, states and scratch; use a shorter context, fewer sequences or a smaller batch"
+    )]
+    Memory {
+        /// What was asked for.
+        bytes: usize,
+    },
+    /// The batch does not fit the state.
+    #[error("{0}")]
+    Batch(String),
+    /// A block that this backend cannot run.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// How the backend runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Worker threads, at least 1.
+    pub threads: usize,
+    /// Instruction set.
+    pub isa: Isa,
+}
+
+enum CpuBlock {
+    Embed(EmbedBlock),
+    Attention(AttentionBlock),
+    DeltaNet(DeltaNetBlock),
+    Ffn(FfnBlock),
+    Moe(MoeBlock),
+    Head(HeadBlock),
+}
+
+/// Packed blocks of a model and the workers that run them.
+pub struct Backend {
+    /// Shapes and types of the model's blocks, for the layout of states.
+    model: Model,
+    /// Indices of the blocks that are here.
+    indices: Vec<usize>,
+    /// By index; `None` where the block is elsewhere.
+    blocks: Vec<Option<CpuBlock>>,
+    weight_bytes: u64,
+    isa: Isa,
+    pool: Pool,
+}
+
+/// Matrices and vectors of a block as this backend keeps them.
+enum Part<'a> {
+    Matrix(&'a Weight),
+    /// So many matrices.
+    Stack(&'a Weight, usize),
+    Vector(&'a Weight),
+}
+
+fn for_each_part(block: &Block<Weight>, f: &mut dyn FnMut(Part)) {
+    fn linear(l: &Linear<Weight>, f: &mut dyn FnMut(Part)) {
+        f(Part::Matrix(&l.weight));
+        l.bias.iter().for_each(|b| f(Part::Vector(b)));
+    }
+    match block {
+        Block::Embed(b) => f(Part::Matrix(&b.token_embd)),
+        Block::Attention(b) => {
+            [&b.attn_q, &b.attn_k, &b.attn_v, &b.attn_output].into_iter().for_each(|l| linear(l, f));
+            f(Part::Vector(&b.attn_norm));
+            b.attn_q_norm.iter().chain(&b.attn_k_norm).for_each(|v| f(Part::Vector(v)));
+        }
+        Block::DeltaNet(b) => {
+            let linears = [&b.attn_qkv, &b.attn_gate, &b.ssm_beta, &b.ssm_alpha, &b.ssm_out];
+            linears.into_iter().for_each(|l| linear(l, f));
+            [&b.attn_norm, &b.ssm_conv1d, &b.ssm_dt, &b.ssm_a, &b.ssm_norm]
+                .into_iter()
+                .for_each(|v| f(Part::Vector(v)));
+        }
+        Block::Ffn(b) => {
+            [&b.ffn_gate, &b.ffn_up, &b.ffn_down].into_iter().for_each(|l| linear(l, f));
+            f(Part::Vector(&b.ffn_norm));
+        }
+        Block::Moe(b) => {
+            f(Part::Matrix(&b.ffn_gate_inp));
+            for l in [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps] {
+                f(Part::Stack(&l.weight, b.shape.n_experts));
+            }
+            f(Part::Vector(&b.ffn_norm));
+            if let Some(s) = &b.shared {
+                [&s.ffn_gate_shexp, &s.ffn_up_shexp, &s.ffn_down_shexp].into_iter().for_each(|l| linear(l, f));
+                s.ffn_gate_inp_shexp.iter().for_each(|w| f(Part::Matrix(w)));
+            }
+        }
+        Block::Head(b) => {
+            linear(&b.output, f);
+            f(Part::Vector(&b.output_norm));
+        }
+    }
+}
+
+fn part_bytes(part: &Part, isa: Isa) -> u64 {
+    let packed = |rows: usize, w: &Weight| Matrix::packed_bytes(rows, w.n_cols, w.ty, isa) as u64;
+    match part {
+        Part::Matrix(w) => packed(w.n_rows(), w),
+        Part::Stack(w, n) => *n as u64 * packed(w.n_rows() / n, w),
+        Part::Vector(w) => 4 * (w.n_rows() * w.n_cols) as u64,
+    }
+}
+
+/// The embedding table that the head of a tied model multiplies with, if both are among `blocks`.
+fn tied<'a>(model: &'a Model, blocks: &[usize]) -> Option<&'a Weight> {
+    let of = |i: &usize| &model.blocks[*i];
+    let embed = blocks.iter().map(of).find_map(|b| if let Block::Embed(b) = b { Some(&b.token_embd) } else { None })?;
+    let head =
+        blocks.iter().map(of).find_map(|b| if let Block::Head(b) = b { Some(&b.output.weight) } else { None })?;
+    (embed == head).then_some(embed)
+}
+
+impl Backend {
+    /// Packs the weights of the blocks with the given indices, in parallel, and starts the workers. `progress` is
+    /// told the bytes done so far (of [`Backend::planned_weight_bytes`]).
+    pub fn load(
+        model: &Model,
+        blocks: &[usize],
+        source: &dyn TensorSource,
+        options: Options,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Self, Error> {
+        let isa = options.isa;
+        if !isa.is_available() {
+            return Err(Error::Isa(isa.name()));
+        }
+        let pool = Pool::new(options.threads)?;
+        let tied = tied(model, blocks);
+        let mut table: Option<Arc<Matrix>> = None;
+        let mut packed: Vec<Option<CpuBlock>> = model.blocks.iter().map(|_| None).collect();
+        let mut done = 0;
+        for &index in blocks {
+            let block = &model.blocks[index];
+            let mut shared = |weight: &Weight| match &table {
+                Some(table) if Some(weight) == tied => table.clone(),
+                _ => table.insert(Arc::new(Matrix::pack(weight, source, isa))).clone(),
+            };
+            packed[index] = Some(pool.install(|| {
+                Ok::<_, Error>(match block {
+                    Block::Embed(b) => CpuBlock::Embed(EmbedBlock { token_embd: shared(&b.token_embd) }),
+                    Block::Attention(b) => CpuBlock::Attention(AttentionBlock::load(b, source, isa)),
+                    Block::DeltaNet(b) => CpuBlock::DeltaNet(DeltaNetBlock::load(b, source, isa)?),
+                    Block::Ffn(b) => CpuBlock::Ffn(FfnBlock::load(b, source, isa)),
+                    Block::Moe(b) => CpuBlock::Moe(MoeBlock::load(b, source, isa)?),
+                    Block::Head(b) => CpuBlock::Head(HeadBlock {
+                        shape: b.shape.clone(),
+                        output_norm: vector(&b.output_norm, source),
+                        output: Projection::of(shared(&b.output.weight), &b.output, source),
+                    }),
+                })
+            })?);
+            for_each_part(block, &mut |part| done += part_bytes(&part, isa));
+            progress(done);
+        }
+        let weight_bytes = Self::planned_weight_bytes(model, blocks, isa);
+        Ok(Self { model: model.clone(), indices: blocks.to_vec(), blocks: packed, weight_bytes, isa, pool })
+    }
+
+    /// Bytes of the packed weights of `blocks`: what [`Backend::load`] allocates for them. A table that embedding and
+    /// head share is there once.
+    pub fn planned_weight_bytes(model: &Model, blocks: &[usize], isa: Isa) -> u64 {
+        let mut bytes = 0;
+        for &index in blocks {
+            for_each_part(&model.blocks[index], &mut |part| bytes += part_bytes(&part, isa));
+        }
+        bytes - tied(model, blocks).map_or(0, |w| part_bytes(&Part::Matrix(w), isa))
+    }
+
+    /// Bytes allocated for weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Worker threads.
+    pub fn n_threads(&self) -> usize {
+        self.pool.n_workers()
+    }
+
+    /// Bytes that [`Backend::state`] allocates with the same arguments and `threads` workers; `None` where the
+    /// number overflows.
+    pub fn planned_state_bytes(model: &Model, blocks: &[usize], size: StateSize, threads: usize) -> Option<u64> {
+        Some(Layout::new(model, blocks, size, threads.max(1))?.n_bytes() as u64)
+    }
+
+    /// States and scratch for batches within `size`, all positions empty. An error where the memory is not there.
+    pub fn state(&self, size: StateSize) -> Result<State, Error> {
+        assert!(size.n_slots > 0 && size.n_ctx > 0 && size.n_batch > 0, "a state of no use: {size:?}");
+        let layout = Layout::new(&self.model, &self.indices, size, self.n_threads());
+        State::new(layout.ok_or(Error::Memory { bytes: usize::MAX })?)
+    }
+
+    /// Runs the consecutive blocks `blocks`, which are all here, on `batch`. `x` `[n_tokens, n_embd]` is the residual stream,
+    /// in and out (Embed writes it); Head writes `logits` `[wanted, n_vocab]`, which is otherwise not touched.
+    ///
+    /// The slots of `state` must have seen exactly the tokens before the batch's positions: GDN states and keys
+    /// continue from there.
+    pub fn run(
+        &self,
+        blocks: Range<usize>,
+        batch: &Batch,
+        state: &mut State,
+        x: &mut [f32],
+        logits: &mut [f32],
+    ) -> Result<(), Error> {
+        let (n_tokens, n_embd, size) = (batch.tokens.len(), self.model.n_embd, state.size());
+        batch.check(size.n_slots, size.n_ctx, self.model.n_vocab).map_err(Error::Batch)?;
+        if n_tokens > size.n_batch {
+            return Err(Error::Batch(format!("a batch of {n_tokens} tokens, but there is room for {}", size.n_batch)));
+        }
+        if n_tokens == 0 {
+            return Ok(());
+        }
+        assert!(x.len() >= n_tokens * n_embd, "a residual stream of {} elements", x.len());
+        let here = |i: usize| self.blocks[i].as_ref().expect("the plan runs blocks where they were loaded");
+        for i in blocks.clone() {
+            if let CpuBlock::Head(head) = here(i) {
+                assert!(logits.len() >= batch.wanted.len() * head.shape.n_vocab, "{} logits", logits.len());
+            }
+        }
+        let (layout, memory, buffers, routing) = state.split();
+        let routing = Exclusive(routing.as_mut_ptr(), routing.len());
+        let (x, logits, memory) = (Shared::new(x), Shared::new(logits), Shared::new(memory));
+        let step = Step { isa: self.isa, batch, n_tokens, n_embd, x, logits, layout, memory, buffers };
+        self.pool.run(|w| {
+            // SAFETY: each worker takes the routing tables of its own number, and they outlive the run.
+            let routing = unsafe { routing.get(w.index) };
+            for rope in 0..layout.ropes.len() {
+                let uses = |i: &usize| matches!(layout.blocks[*i], BlockState::Kv { rope: r, .. } if r == rope);
+                if let Some(CpuBlock::Attention(b)) = blocks.clone().find(uses).map(here) {
+                    b.fill_rope(w, &step, rope);
+                }
+            }
+            for i in blocks.clone() {
+                match here(i) {
+                    CpuBlock::Embed(b) => b.run(w, &step),
+                    CpuBlock::Attention(b) => b.run(w, &step, layout.blocks[i]),
+                    CpuBlock::DeltaNet(b) => b.run(w, &step, layout.blocks[i]),
+                    CpuBlock::Ffn(b) => b.run(w, &step),
+                    CpuBlock::Moe(b) => b.run(w, &step, routing),
+                    CpuBlock::Head(b) => b.run(w, &step),
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// One element a worker.
+struct Exclusive(*mut Routing, usize);
+
+// SAFETY: `get` makes its caller promise that each element has one user.
+unsafe impl Sync for Exclusive {}
+
+impl Exclusive {
+    /// # Safety
+    /// No two users of one element; the elements outlive the result.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn get(&self, i: usize) -> &mut Routing {
+        assert!(i < self.1);
+        // SAFETY: in bounds; exclusive as the caller promises.
+        unsafe { &mut *self.0.add(i) }
+    }
+}

@@ -1,0 +1,24 @@
+//! `Embed`: rows of the packed table, decoded.
+
+use crate::Matrix;
+use crate::pool::Worker;
+use crate::step::Step;
+use std::sync::Arc;
+
+/// The token table.
+pub(crate) struct EmbedBlock {
+    /// `[n_vocab, n_embd]`; in tied models the head's matrix.
+    pub token_embd: Arc<Matrix>,
+}
+
+impl EmbedBlock {
+    /// Writes the rows of the tokens to the residual stream.
+    pub fn run(&self, w: &Worker, step: &Step) {
+        for token in w.share(step.n_tokens) {
+            // SAFETY: rows of this worker's share.
+            let x = unsafe { step.x.write(step.row(token, 0..step.n_embd)) };
+            self.token_embd.decode_row(step.batch.tokens[token] as usize, x);
+        }
+        w.barrier();
+    }
+}

@@ -1,0 +1,202 @@
+//! The worker pool: one rayon broadcast runs a function on every worker, and inside it the workers meet at
+//! barriers and share out the pieces of a stage. Owns the threads and the meeting points; knows nothing of blocks.
+
+use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+use std::any::Any;
+use std::cell::Cell;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Turns that a worker spins before it offers its core to others: about ten microseconds, longer than workers
+/// of a stage usually differ, shorter than what a preempted worker would lose.
+const SPINS: u32 = 1000;
+
+/// Threads that run one function together.
+pub(crate) struct Pool {
+    threads: ThreadPool,
+    /// Two broadcasts at a time could start in different orders on different workers and wait for each other.
+    running: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of `n_workers` threads, at least 1.
+    pub fn new(n_workers: usize) -> Result<Self, ThreadPoolBuildError> {
+        let threads = ThreadPoolBuilder::new()
+            .num_threads(n_workers.max(1))
+            .thread_name(|i| format!("tandem-cpu-{i}"))
+            .build()?;
+        Ok(Self { threads, running: Mutex::new(()) })
+    }
+
+    /// Number of workers.
+    pub fn n_workers(&self) -> usize {
+        self.threads.current_num_threads()
+    }
+
+    /// Runs `f` with rayon's parallel iterators on the workers.
+    pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.threads.install(f)
+    }
+
+    /// Runs `f` on every worker and returns when all are done. If one panics, the others leave at their next
+    /// barrier, and the first panic continues in the caller.
+    pub fn run(&self, f: impl Fn(&Worker) + Sync) {
+        assert!(self.threads.current_thread_index().is_none(), "a worker cannot start a step");
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let team = Team::new(self.n_workers());
+        self.threads.broadcast(|context| {
+            let worker = Worker { index: context.index(), team: &team, stage: Cell::new(0) };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(&worker)))
+                && !payload.is::<Abandoned>()
+            {
+                team.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+                team.failed.store(true, Ordering::Release);
+            }
+        });
+        if let Some(payload) = team.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(payload);
+        }
+    }
+}
+
+/// Panic payload of a worker that leaves because another one failed.
+struct Abandoned;
+
+/// An atomic that shares its cache line with nothing.
+#[repr(align(128))]
+struct Line(AtomicUsize);
+
+/// What the workers of one run share.
+struct Team {
+    n_workers: usize,
+    /// Workers that wait at the barrier.
+    arrived: Line,
+    /// Barriers passed.
+    passed: Line,
+    /// Next piece of stage `s`, at `s % 3`: the counter of the stage after the next is cleared while nobody uses it.
+    next: [Line; 3],
+    failed: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Team {
+    fn new(n_workers: usize) -> Self {
+        let line = || Line(AtomicUsize::new(0));
+        let next = [line(), line(), line()];
+        let (failed, panic) = (AtomicBool::new(false), Mutex::new(None));
+        Self { n_workers, arrived: line(), passed: line(), next, failed, panic }
+    }
+}
+
+/// One thread of a run.
+pub(crate) struct Worker<'a> {
+    /// Number of this worker, from 0.
+    pub index: usize,
+    team: &'a Team,
+    /// Barriers that this worker has passed.
+    stage: Cell<usize>,
+}
+
+impl Worker<'_> {
+    /// Number of workers of the run.
+    pub fn n_workers(&self) -> usize {
+        self.team.n_workers
+    }
+
+    /// Ends a stage: waits until every worker is here. What any of them wrote before is visible to all after.
+    pub fn barrier(&self) {
+        let (team, stage) = (self.team, self.stage.get());
+        self.stage.set(stage + 1);
+        if team.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == team.n_workers {
+            team.arrived.0.store(0, Ordering::Relaxed);
+            team.next[(stage + 2) % 3].0.store(0, Ordering::Relaxed);
+            team.passed.0.store(stage + 1, Ordering::Release);
+            return;
+        }
+        let mut spins = 0;
+        while team.passed.0.load(Ordering::Acquire) == stage {
+            if spins < SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                if team.failed.load(Ordering::Acquire) {
+                    resume_unwind(Box::new(Abandoned));
+                }
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Takes pieces `0..n` of this stage until none is left; each goes to one worker. Pieces go to whoever is
+    /// free, so that a worker that lost its core delays the others by one piece at most. A stage has one such set.
+    pub fn pieces(&self, n: usize) -> impl Iterator<Item = usize> {
+        let next = &self.team.next[self.stage.get() % 3].0;
+        std::iter::from_fn(move || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|piece| *piece < n))
+    }
+
+    /// This worker's share of `0..n`: contiguous, the same for the same worker every time.
+    pub fn share(&self, n: usize) -> Range<usize> {
+        n * self.index / self.n_workers()..n * (self.index + 1) / self.n_workers()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every piece of every stage is taken once, and a stage sees what the one before it wrote.
+    #[test]
+    fn stages_are_complete_and_ordered() {
+        for n_workers in [1, 2, 5] {
+            let pool = Pool::new(n_workers).unwrap();
+            let taken: Vec<AtomicUsize> = (0..37).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(|w| {
+                for stage in 0..200 {
+                    for piece in w.pieces(taken.len()) {
+                        assert_eq!(taken[piece].fetch_add(1, Ordering::Relaxed), stage);
+                    }
+                    w.barrier();
+                    assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) > stage));
+                }
+            });
+            assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) == 200));
+        }
+    }
+
+    /// Shares cover everything once.
+    #[test]
+    fn shares_partition() {
+        let pool = Pool::new(3).unwrap();
+        let seen: Vec<AtomicUsize> = (0..10).map(|_| AtomicUsize::new(0)).collect();
+        pool.run(|w| {
+            for i in w.share(10) {
+                seen[i].fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        assert!(seen.iter().all(|s| s.load(Ordering::Relaxed) == 1));
+    }
+
+    /// A panic on one worker reaches the caller with its message, and the pool still works afterwards.
+    #[test]
+    fn panics_do_not_hang() {
+        let pool = Pool::new(3).unwrap();
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(|w| {
+                w.barrier();
+                if w.index == 1 {
+                    panic!("broken on purpose");
+                }
+                w.barrier();
+                w.barrier();
+            });
+        }));
+        assert_eq!(failed.unwrap_err().downcast_ref::<&str>(), Some(&"broken on purpose"));
+        let count = AtomicUsize::new(0);
+        pool.run(|_| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 3);
+    }
+}

@@ -1,0 +1,148 @@
+//! Projections `y = scale * (W . x) + bias` on packed matrices, and the cutting of their rows into pieces for
+//! workers. Owns no memory but the weights.
+
+use crate::pool::Worker;
+use crate::simd::{self, Kernel, Simd, for_lanes};
+use crate::{Activations, Error, Forms, Isa, Matrix, OutRows};
+use std::ops::Range;
+use std::sync::Arc;
+use tandem_spec::{Linear, TensorSource, Weight};
+
+/// Decodes a weight into f32: norms, biases, taps and other small vectors.
+pub(crate) fn vector(weight: &Weight, source: &dyn TensorSource) -> Box<[f32]> {
+    let geometry = weight.ty.row();
+    let mut out = vec![0f32; weight.n_rows() * weight.n_cols].into_boxed_slice();
+    let blocks = weight.runs(source).flat_map(|run| run.chunks_exact(geometry.block_bytes));
+    for (block, out) in blocks.zip(out.chunks_exact_mut(geometry.block_len)) {
+        weight.ty.decode(block, out);
+    }
+    out
+}
+
+/// A packed projection.
+pub(crate) struct Projection {
+    /// `[n_out, n_in]`; shared where two blocks use the same tensor.
+    pub matrix: Arc<Matrix>,
+    scale: f32,
+    /// `[n_out]`, or empty.
+    bias: Box<[f32]>,
+}
+
+impl Projection {
+    /// Packs `linear`.
+    pub fn load(linear: &Linear<Weight>, source: &dyn TensorSource, isa: Isa) -> Self {
+        Self::of(Arc::new(Matrix::pack(&linear.weight, source, isa)), linear, source)
+    }
+
+    /// `linear` on a matrix that is already packed.
+    pub fn of(matrix: Arc<Matrix>, linear: &Linear<Weight>, source: &dyn TensorSource) -> Self {
+        let scale = linear.scale.as_ref().map_or(1.0, |s| vector(s, source)[0]);
+        let bias = linear.bias.as_ref().map(|b| vector(b, source)).unwrap_or_default();
+        Self { matrix, scale, bias }
+    }
+
+    /// A product without scale and bias.
+    pub fn plain(matrix: Arc<Matrix>) -> Self {
+        Self { matrix, scale: 1.0, bias: Box::default() }
+    }
+
+    /// Packs a stack of `n` projections of the same shape, one matrix each.
+    pub fn load_stack(
+        linear: &Linear<Weight>,
+        n: usize,
+        source: &dyn TensorSource,
+        isa: Isa,
+    ) -> Result<Vec<Self>, Error> {
+        if linear.bias.is_some() {
+            return Err(Error::Unsupported(format!("{} has a bias, which experts do not have", linear.weight.name)));
+        }
+        let scales = linear.scale.as_ref().map(|s| vector(s, source));
+        let n_out = linear.weight.n_rows() / n;
+        let one = |e: usize| {
+            let matrix = Matrix::pack_rows(&linear.weight, e * n_out..(e + 1) * n_out, source, isa);
+            let scale = scales.as_ref().map_or(1.0, |s| s[e.min(s.len() - 1)]);
+            Self { matrix: Arc::new(matrix), scale, bias: Box::default() }
+        };
+        Ok((0..n).map(one).collect())
+    }
+
+    /// Form of activations that the matrix reads.
+    pub fn forms(&self) -> Forms {
+        Forms::of(self.matrix.ty())
+    }
+
+    /// Rows of the output.
+    pub fn n_out(&self) -> usize {
+        self.matrix.n_rows()
+    }
+
+    /// Rows `rows` (whole panels, the last one maybe cut) of the projection, for every row of `x`: the first of the
+    /// first token at `out`, tokens `stride` elements apart.
+    ///
+    /// # Safety
+    /// `[x.n_rows(), rows.len()]` elements at `out` are valid, and nobody else uses them meanwhile.
+    pub unsafe fn apply(&self, isa: Isa, rows: Range<usize>, x: &Activations, out: *mut f32, stride: usize) {
+        let panel_rows = self.matrix.panel_rows();
+        assert!(rows.start.is_multiple_of(panel_rows), "rows {rows:?} do not begin a panel");
+        let panels = rows.start / panel_rows..rows.end.div_ceil(panel_rows);
+        // SAFETY: the caller promises the memory; panels of one call are disjoint from those of others.
+        let to = unsafe { OutRows::new(out, stride, x.n_rows(), rows.clone()) };
+        self.matrix.mul(panels, x, &to);
+        if self.scale != 1.0 || !self.bias.is_empty() {
+            let bias = if self.bias.is_empty() { &[][..] } else { &self.bias[rows.clone()] };
+            for token in 0..x.n_rows() {
+                // SAFETY: rows of the memory that the caller promised.
+                let y = unsafe { std::slice::from_raw_parts_mut(out.add(token * stride), rows.len()) };
+                simd::run(isa, 0, ScaleAndShift { y, scale: self.scale, bias });
+            }
+        }
+    }
+}
+
+/// `y = scale * y + bias`; an empty bias is zero.
+struct ScaleAndShift<'a> {
+    y: &'a mut [f32],
+    scale: f32,
+    bias: &'a [f32],
+}
+
+impl Kernel for ScaleAndShift<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<V: Simd>(self) {
+        assert!(self.bias.is_empty() || self.bias.len() == self.y.len());
+        let (y, bias) = (self.y.as_mut_ptr(), self.bias);
+        for_lanes!(V, self.y.len(), |i| {
+            // SAFETY: `i + LANES` is at most the length, which the bias has as well.
+            unsafe {
+                let shift = if bias.is_empty() { V::splat(0.0) } else { V::load(bias.as_ptr().add(i)) };
+                V::load(y.add(i)).mul_add(V::splat(self.scale), shift).store(y.add(i));
+            }
+        });
+    }
+}
+
+/// Rows that one piece of a stage covers, when `total` rows are shared out: enough pieces that all workers end
+/// together, large enough to stream. A multiple of 32: whole panels of every layout and whole blocks of activations.
+pub(crate) fn piece_rows(total: usize, n_workers: usize) -> usize {
+    (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS)
+}
+
+/// Largest result of [`piece_rows`].
+pub(crate) const MAX_PIECE_ROWS: usize = 128;
+
+/// Shares out the rows of `projections` as one space; calls `f` with a projection's index and rows of it.
+pub(crate) fn for_each_piece(w: &Worker, projections: &[&Projection], mut f: impl FnMut(usize, Range<usize>)) {
+    let total = projections.iter().map(|p| p.n_out()).sum();
+    let size = piece_rows(total, w.n_workers());
+    let pieces_of = |p: &Projection| p.n_out().div_ceil(size);
+    for mut piece in w.pieces(projections.iter().map(|p| pieces_of(p)).sum()) {
+        for (index, p) in projections.iter().enumerate() {
+            if piece < pieces_of(p) {
+                f(index, piece * size..((piece + 1) * size).min(p.n_out()));
+                break;
+            }
+            piece -= pieces_of(p);
+        }
+    }
+}
