@@ -4,11 +4,11 @@
 use std::hint::black_box;
 use std::time::Instant;
 use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows};
+use tandem_spec::TensorType;
 use tandem_spec::testing::{Buffers, Rng, random_blocks};
-use tandem_spec::{TensorType, Weight};
 
 /// Larger than the last-level caches of the machines that we know.
-const COLD_BYTES: usize = 256 << 20;
+const COLD_BYTES: usize = 512 << 20;
 
 /// Seconds of each of `n` runs of `work` by every thread of the pool, ascending.
 fn time(pool: &rayon::ThreadPool, n: usize, work: impl Fn(usize) + Sync) -> Vec<f64> {
@@ -95,14 +95,17 @@ fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
     (ops * threads) as f64 / seconds[0] / 1e9
 }
 
-fn matrix(ty: TensorType, n_rows: usize, n_cols: usize, isa: Isa) -> Matrix {
+/// A packed matrix, and the GB/s at which it was packed.
+fn matrix(pool: &rayon::ThreadPool, ty: TensorType, n_rows: usize, n_cols: usize, isa: Isa) -> (Matrix, f64) {
     // Random rows, repeated: values do not change the speed, but subnormals and NaN might.
-    let (mut source, unique) = (Buffers::default(), 64.min(n_rows));
-    let bytes = random_blocks(ty, unique * n_cols, 1.0, &mut Rng::new(1));
-    let weight = source.add("w", ty, &[n_cols, unique], bytes);
-    let rows = (0..n_rows.div_ceil(unique)).map(|_| 0..unique).collect();
-    let weight = Weight { rows, ..weight };
-    Matrix::pack_rows(&weight, 0..n_rows, &source, isa)
+    let (mut source, unique) = (Buffers::default(), 64);
+    let mut bytes = random_blocks(ty, unique * n_cols, 1.0, &mut Rng::new(1)).repeat(n_rows.div_ceil(unique));
+    bytes.truncate(n_rows * ty.row_bytes(n_cols).expect("whole blocks"));
+    let weight = source.add("w", ty, &[n_cols, n_rows], bytes);
+    let start = Instant::now();
+    let matrix = pool.install(|| Matrix::pack_rows(&weight, 0..n_rows, &source, isa));
+    let rate = matrix.n_bytes() as f64 / start.elapsed().as_secs_f64() / 1e9;
+    (matrix, rate)
 }
 
 fn activations(ty: TensorType, n_rows: usize, n_cols: usize) -> ActivationBuffer {
@@ -138,12 +141,12 @@ fn main() {
     let (read, integer) = (read_roof(&pool, threads), integer_roof(&pool, threads, isa));
     println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
     println!(
-        "type    cols | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 64, 512, share of integer roof"
+        "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 64, 512, share of integer roof"
     );
     for ty in types {
         for n_cols in [1024, 3584] {
             let row_bytes = ty.row_bytes(n_cols).expect("whole blocks");
-            let cold = matrix(ty, COLD_BYTES / row_bytes, n_cols, isa);
+            let (cold, pack) = matrix(&pool, ty, COLD_BYTES / row_bytes, n_cols, isa);
             let run = |m: &Matrix, x: &ActivationBuffer, n_rows: usize, n: usize| {
                 let x = x.view(0, n_rows, n_cols, Forms::of(ty));
                 let mut out = vec![0f32; m.n_rows() * n_rows];
@@ -157,9 +160,9 @@ fn main() {
             let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 7);
             let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
             let (best, median) = (rate(seconds[0]), rate(seconds[3]));
-            print!("{:7} {n_cols:4} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
+            print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
-            let warm = matrix(ty, 256 * threads, n_cols, isa);
+            let (warm, _) = matrix(&pool, ty, 256 * threads, n_cols, isa);
             for n_rows in [2, 4, 8, 64, 512] {
                 let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 64 { 60 } else { 25 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;

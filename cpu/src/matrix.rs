@@ -17,13 +17,16 @@ mod q4_k;
 mod q6_k;
 mod q8_0;
 mod simd;
+mod storage;
 #[cfg(test)]
 mod tests;
 
 use crate::{Activations, Isa};
 use rayon::prelude::*;
+use std::array::from_fn;
 use std::marker::PhantomData;
 use std::ops::Range;
+use storage::Storage;
 use tandem_spec::{TensorSource, TensorType, Weight};
 
 /// Rows of a panel.
@@ -68,11 +71,6 @@ fn fields(ty: TensorType) -> &'static [Field] {
     }
 }
 
-/// 64 bytes that begin a cache line.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// A weight matrix `[n_rows, n_cols]`, packed for one instruction set.
 pub struct Matrix {
     isa: Isa,
@@ -80,7 +78,7 @@ pub struct Matrix {
     n_rows: usize,
     n_cols: usize,
     /// `[n_panels, n_blocks, block_bytes, R]` in the order of [`fields`], then padding to a cache line.
-    data: Box<[Line]>,
+    data: Storage,
 }
 
 impl Matrix {
@@ -94,31 +92,26 @@ impl Matrix {
         assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
         assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());
         let (row_bytes, bytes) = (weight.row_bytes(), source.bytes(weight.tensor));
-        let row_of = |row: usize| {
-            let mut left = row;
-            let range = weight.rows.iter().find(|r| {
-                if left < r.len() {
-                    true
-                } else {
-                    left -= r.len();
+        let row_of = |mut row: usize| {
+            let holds = |range: &&Range<usize>| {
+                row < range.len() || {
+                    row -= range.len();
                     false
                 }
-            });
-            let start = (range.expect("row within the weight").start + left) * row_bytes;
-            &bytes[start..start + row_bytes]
+            };
+            let start = weight.rows.iter().find(holds).expect("row within the weight").start;
+            &bytes[(start + row) * row_bytes..][..row_bytes]
         };
         let n_bytes = Self::packed_bytes(rows.len(), weight.n_cols, weight.ty, isa);
-        let mut data = vec![Line([0; 64]); n_bytes / 64].into_boxed_slice();
-        let panel_rows = panel_rows(isa);
-        // SAFETY: lines are plain bytes without padding.
-        let out = unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast::<u8>(), n_bytes) };
-        out.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
+        let mut data = Storage::zeroed(n_bytes);
+        let (panel_rows, no_row) = (panel_rows(isa), vec![0; row_bytes]);
+        data.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
             |(panel, out)| {
-                for lane in 0..panel_rows {
-                    let row = rows.start + panel * panel_rows + lane;
-                    if row < rows.end {
-                        pack_row(weight.ty, row_of(row), lane, panel_rows, out);
-                    }
+                let first = rows.start + panel * panel_rows;
+                let row = |lane: usize| if first + lane < rows.end { row_of(first + lane) } else { &no_row[..] };
+                match isa {
+                    Isa::Avx512 => pack_panel::<16>(weight.ty, from_fn(row), out),
+                    Isa::Avx2 | Isa::Portable => pack_panel::<8>(weight.ty, from_fn(row), out),
                 }
             },
         );
@@ -128,7 +121,7 @@ impl Matrix {
     /// Bytes that a packed matrix takes.
     pub fn packed_bytes(n_rows: usize, n_cols: usize, ty: TensorType, isa: Isa) -> usize {
         let row_bytes = ty.row_bytes(n_cols).expect("rows are whole blocks: checked when the file was read");
-        (n_rows.next_multiple_of(panel_rows(isa)) * row_bytes).next_multiple_of(64)
+        (n_rows.next_multiple_of(panel_rows(isa)) * row_bytes).next_multiple_of(storage::ALIGN)
     }
 
     /// Rows.
@@ -158,12 +151,7 @@ impl Matrix {
 
     /// Bytes allocated: [`Matrix::packed_bytes`] of its shape.
     pub fn n_bytes(&self) -> usize {
-        size_of_val(&*self.data)
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: lines are plain bytes without padding.
-        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.n_bytes()) }
+        self.data.len()
     }
 
     /// Decodes row `row` into `out` `[n_cols]`, exactly as the file's type says.
@@ -172,7 +160,7 @@ impl Matrix {
         let (panel_rows, geometry) = (self.panel_rows(), self.ty.row());
         let (panel, lane) = (row / panel_rows, row % panel_rows);
         let panel_bytes = panel_rows * self.n_cols / geometry.block_len * geometry.block_bytes;
-        let blocks = self.bytes()[panel * panel_bytes..][..panel_bytes].chunks_exact(panel_rows * geometry.block_bytes);
+        let blocks = self.data[panel * panel_bytes..][..panel_bytes].chunks_exact(panel_rows * geometry.block_bytes);
         let mut block = [0u8; 256];
         let block = &mut block[..geometry.block_bytes];
         for (packed, out) in blocks.zip(out.chunks_exact_mut(geometry.block_len)) {
@@ -208,27 +196,29 @@ impl Matrix {
     }
 }
 
-/// Interleaves one row into lane `lane` of a panel.
-fn pack_row(ty: TensorType, row: &[u8], lane: usize, panel_rows: usize, out: &mut [u8]) {
+/// Interleaves `rows` into a panel.
+fn pack_panel<const R: usize>(ty: TensorType, rows: [&[u8]; R], out: &mut [u8]) {
     let block_bytes = ty.row().block_bytes;
-    for (block, out) in row.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_bytes * panel_rows)) {
+    for (block, out) in out.chunks_exact_mut(block_bytes * R).enumerate() {
         let mut at = 0;
         for f in fields(ty) {
-            let (from, to) = (&block[f.offset..][..f.len], &mut out[at..][..f.len * panel_rows]);
+            let (from, to) = (block * block_bytes + f.offset, &mut out[at..][..f.len * R]);
             match f.unit {
-                4 => interleave::<4>(from, to, lane, panel_rows),
-                2 => interleave::<2>(from, to, lane, panel_rows),
-                _ => interleave::<1>(from, to, lane, panel_rows),
+                4 => interleave::<R, 4>(rows.map(|row| &row[from..][..f.len]), to),
+                2 => interleave::<R, 2>(rows.map(|row| &row[from..][..f.len]), to),
+                _ => interleave::<R, 1>(rows.map(|row| &row[from..][..f.len]), to),
             }
-            at += f.len * panel_rows;
+            at += f.len * R;
         }
     }
 }
 
-fn interleave<const UNIT: usize>(from: &[u8], to: &mut [u8], lane: usize, panel_rows: usize) {
-    let to = to.as_chunks_mut::<UNIT>().0;
-    for (unit, to) in from.as_chunks::<UNIT>().0.iter().zip(to.chunks_exact_mut(panel_rows)) {
-        to[lane] = *unit;
+#[inline(always)]
+fn interleave<const R: usize, const UNIT: usize>(from: [&[u8]; R], to: &mut [u8]) {
+    let from = from.map(|row| row.as_chunks::<UNIT>().0);
+    let to = to.as_chunks_mut::<UNIT>().0.as_chunks_mut::<R>().0;
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = from_fn(|lane| from[lane][i]);
     }
 }
 

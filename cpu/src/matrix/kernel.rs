@@ -128,8 +128,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
-            let blocks =
-                m.bytes()[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
+            let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
             // SAFETY: `x` walks the blocks `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared; the
             // caller has the instruction set.
             unsafe {
@@ -171,8 +170,7 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
-            let blocks =
-                m.bytes()[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
+            let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
             // SAFETY: `x` walks the blocks `[n_cols / 256, n_tokens]` of the activations, whose columns `mul` compared; the
             // caller has the instruction set.
             unsafe {
@@ -293,7 +291,7 @@ unsafe fn mul_float<S: Simd, W: Float>(m: &Matrix, panels: Range<usize>, x: &Act
     let (n_cols, n_tokens, floats) = (m.n_cols, x.n_rows(), x.floats());
     let panel_bytes = n_cols * W::BYTES * S::LANES;
     for panel in panels {
-        let p = m.bytes()[panel * panel_bytes..][..panel_bytes].as_ptr();
+        let p = m.data[panel * panel_bytes..][..panel_bytes].as_ptr();
         for first in (0..n_tokens).step_by(4) {
             // SAFETY: columns are below `n_cols`, the width of the panel and of the activations (`mul` compared them), rows
             // below `n_tokens`; the caller has the instruction set.
