@@ -15,6 +15,10 @@ mod suite {
     mod golden;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
+    /// Plans are the printed ones, and hold what every plan must hold.
+    mod plan;
+    /// Descriptions of models without files.
+    mod shapes;
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;

@@ -94,6 +94,7 @@ struct Times {
 #[derive(Clone, Debug)]
 struct Overflow {
     gpus: Vec<u64>,
+    gpus_full: bool,
     host: u64,
     excess: u64,
 }
@@ -299,8 +300,8 @@ struct Tables<'a> {
 impl<'a> Tables<'a> {
     fn new(problem: &'a Problem<'a>, sizes: Sizes) -> Self {
         let (model, workload) = (problem.model, problem.wishes.workload);
-        let n_batches = workload.prompt.max(1).div_ceil(sizes.n_batch);
-        let batch_tokens = workload.prompt.max(1).div_ceil(n_batches);
+        let n_batches = workload.prompt.div_ceil(sizes.n_batch);
+        let batch_tokens = workload.prompt.div_ceil(n_batches.max(1)).max(1);
         let base = |device, used, n| -> u64 {
             bytes::device_entries(model, device, used, n, &sizes).iter().map(|e| e.bytes).sum()
         };
@@ -473,8 +474,9 @@ impl<'a> Tables<'a> {
                     }
                 }
                 Err(overflow) => {
-                    let gpus_full = overflow.gpus.iter().zip(&problem.vram).any(|(need, has)| need > has);
-                    if nearest.as_ref().is_none_or(|n| overflow.excess < n.excess) {
+                    let gpus_full = overflow.gpus_full;
+                    let distance = |o: &Overflow| (o.gpus_full, o.excess);
+                    if nearest.as_ref().is_none_or(|n| distance(&overflow) < distance(n)) {
                         *nearest = Some(overflow);
                     }
                     if gpus_full {
@@ -538,13 +540,13 @@ impl<'a> Tables<'a> {
         let n_used = used.iter().filter(|u| **u > 0).count();
         let cpu_used = levels.iter().zip(blocks).any(|(&level, b)| level < max_level(b));
         host += self.host_base[n_used] + if cpu_used { self.host_scratch } else { 0 };
-        let excess = used.iter().zip(&problem.vram).map(|(u, v)| u.saturating_sub(*v)).sum::<u64>()
-            + host.saturating_sub(problem.ram);
+        let gpu_excess: u64 = used.iter().zip(&problem.vram).map(|(u, v)| u.saturating_sub(*v)).sum();
+        let excess = gpu_excess + host.saturating_sub(problem.ram);
         if excess > 0 {
-            return Err(Overflow { gpus: used, host, excess });
+            return Err(Overflow { gpus: used, gpus_full: gpu_excess > 0, host, excess });
         }
         let times = self.timed(levels, &gpus, n_used > 0);
-        let prompt_streams = self.sizes.stream && times.streamed < times.in_place;
+        let prompt_streams = self.sizes.stream && self.n_batches > 0.0 && times.streamed < times.in_place;
         Ok(Outcome {
             levels: levels.to_vec(),
             gpus,
@@ -605,8 +607,9 @@ impl<'a> Tables<'a> {
     }
 }
 
-/// The smallest prompt batch for which streaming the host's weights is faster than computing in place.
-pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> Option<usize> {
+/// The smallest prompt batch for which streaming the host's weights is faster than computing in place. `outcome`
+/// streams the prompt of its workload, so there is one.
+pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> usize {
     let pays = |n_tokens: usize| {
         let workload = Workload { prompt: n_tokens, ..problem.wishes.workload };
         let wishes = Wishes { workload, ..problem.wishes.clone() };
@@ -617,22 +620,20 @@ pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> Option<usize> 
         );
         times.streamed < times.in_place
     };
-    let (mut no, mut yes) = (1, outcome.sizes.n_batch);
-    if !pays(yes) {
-        return None;
-    }
+    let prompt = problem.wishes.workload.prompt;
+    let (mut no, mut yes) = (0, prompt.div_ceil(prompt.div_ceil(outcome.sizes.n_batch)));
     while yes - no > 1 {
         let middle = no.midpoint(yes);
         if pays(middle) { yes = middle } else { no = middle }
     }
-    Some(yes)
+    yes
 }
 
 /// Changes of the wishes that make the model fit, nearest first, each with its predicted rates.
 pub(super) fn options(model: &Model, facts: &Machine, wishes: &Wishes) -> Vec<Alternative> {
     let solve = |wishes: &Wishes| Problem::new(model, facts, wishes).and_then(|p| p.solve()).ok();
     let mut found: Vec<Alternative> = Vec::new();
-    let mut offer = |change: String, wishes: &Wishes| {
+    let offer = |found: &mut Vec<Alternative>, change: String, wishes: &Wishes| {
         let Some(outcome) = solve(wishes) else { return false };
         found.push(Alternative {
             change,
@@ -645,18 +646,18 @@ pub(super) fn options(model: &Model, facts: &Machine, wishes: &Wishes) -> Vec<Al
         // Fewer layers take less of the GPU; the largest number that fits.
         let with = |n: usize| Wishes { gpu_layers: Some(n), ..wishes.clone() };
         if let Some(fits) = (0..n.min(model.n_layers + 1)).rev().find(|&n| solve(&with(n)).is_some()) {
-            offer(format!("--gpu-layers {fits}"), &with(fits));
+            offer(&mut found, format!("--gpu-layers {fits}"), &with(fits));
         }
-        offer("without --gpu-layers".into(), &Wishes { gpu_layers: None, ..wishes.clone() });
+        offer(&mut found, "without --gpu-layers".into(), &Wishes { gpu_layers: None, ..wishes.clone() });
     }
     if !wishes.place.is_empty() {
-        offer("without --place".into(), &Wishes { place: Vec::new(), ..wishes.clone() });
+        offer(&mut found, "without --place".into(), &Wishes { place: Vec::new(), ..wishes.clone() });
     }
     if !wishes.vram.is_empty() {
-        offer("without --vram".into(), &Wishes { vram: Vec::new(), ..wishes.clone() });
+        offer(&mut found, "without --vram".into(), &Wishes { vram: Vec::new(), ..wishes.clone() });
     }
     if wishes.ram.is_some() {
-        offer("without --ram".into(), &Wishes { ram: None, ..wishes.clone() });
+        offer(&mut found, "without --ram".into(), &Wishes { ram: None, ..wishes.clone() });
     }
     let defaults = match Problem::new(model, facts, wishes) {
         Ok(problem) => problem.sizes(),
@@ -666,20 +667,20 @@ pub(super) fn options(model: &Model, facts: &Machine, wishes: &Wishes) -> Vec<Al
     let bf16 = Wishes { kv_dtype: Some(KvDtype::Bf16), ..wishes.clone() };
     let is_f32 = defaults.kv_dtype == KvDtype::F32;
     if is_f32 {
-        offer("--kv-dtype bf16".into(), &bf16);
+        offer(&mut found, "--kv-dtype bf16".into(), &bf16);
     }
     let smaller = |wishes: &Wishes, n_ctx: usize| Wishes { n_ctx: Some(n_ctx), ..wishes.clone() };
     let halves = || std::iter::successors(Some(defaults.n_ctx / 2), |n| Some(n / 2)).take_while(|n| *n >= 256);
     if let Some(n) = halves().find(|&n| solve(&smaller(wishes, n)).is_some()) {
-        offer(format!("--ctx {n}"), &smaller(wishes, n));
+        offer(&mut found, format!("--ctx {n}"), &smaller(wishes, n));
     } else if let Some(n) = halves().find(|&n| is_f32 && solve(&smaller(&bf16, n)).is_some()) {
-        offer(format!("--kv-dtype bf16 --ctx {n}"), &smaller(&bf16, n));
+        offer(&mut found, format!("--kv-dtype bf16 --ctx {n}"), &smaller(&bf16, n));
     }
     if wishes.n_batch.is_none_or(|n| n > 64) {
         let least = Wishes { n_batch: Some(64), ..wishes.clone() };
-        if !offer("--batch 64".into(), &least) {
+        if !offer(&mut found, "--batch 64".into(), &least) && found.is_empty() {
             let tight = Wishes { n_batch: Some(64), ..smaller(&bf16, 256.min(defaults.n_ctx)) };
-            offer(format!("--kv-dtype bf16 --ctx {} --batch 64", 256.min(defaults.n_ctx)), &tight);
+            offer(&mut found, format!("--kv-dtype bf16 --ctx {} --batch 64", 256.min(defaults.n_ctx)), &tight);
         }
     }
     found

@@ -100,7 +100,7 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
         n_batch: sizes.n_batch,
         kv_dtype: sizes.kv_dtype,
         threads: problem.threads,
-        stream_from: if sizes.stream { choose::break_even(problem, outcome) } else { None },
+        stream_from: sizes.stream.then(|| choose::break_even(problem, outcome)),
         prediction: predict(problem, outcome, &places, &account),
         places,
         account,
@@ -156,7 +156,7 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
     Prediction {
         prompt_tok_s: if workload.prompt == 0 { 0.0 } else { workload.prompt as f64 / outcome.prompt_s },
         generate_tok_s: 1.0 / outcome.decode_s,
-        prompt_s: if workload.prompt == 0 { 0.0 } else { outcome.prompt_s },
+        prompt_s: outcome.prompt_s,
         token_ms,
         handoff_ms: (token_ms - in_blocks - fixed_ms).max(0.0),
         fixed_ms,
@@ -173,7 +173,7 @@ fn bound(groups: &[Group], token_ms: f64) -> String {
         *busy.entry(device.device).or_default() += device.token_ms;
     }
     match busy.iter().max_by(|a, b| a.1.total_cmp(b.1)) {
-        Some((device, ms)) if *ms > 0.6 * token_ms => format!("{device} memory"),
+        Some((device, ms)) if *ms > 0.5 * token_ms => format!("{device} memory"),
         _ => "devices wait for each other".into(),
     }
 }

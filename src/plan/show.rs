@@ -124,14 +124,14 @@ pub fn text(plan: &Plan, model: &Model) -> String {
         plan.workload.prompt,
         plan.workload.generate
     );
-    let header = |line: &mut String, title: &str| {
+    let header = |line: &mut String, title: &str, last: &str| {
         let _ = write!(line, "\n{title:<22}");
         columns.iter().for_each(|d| {
-            let _ = write!(line, "{:>16}", d.to_string());
+            let _ = write!(line, "{:>20}", d.to_string());
         });
-        let _ = writeln!(line);
+        let _ = writeln!(line, "{last}");
     };
-    header(line, "where");
+    header(line, "where", "");
     for (kind, n, shares) in shares(plan, model) {
         let _ = write!(line, "  {:<20}", format!("{kind} x {n}"));
         for share in shares {
@@ -141,16 +141,16 @@ pub fn text(plan: &Plan, model: &Model) -> String {
                 s if unit_of(kind) == "blocks" => format!("{} of {n}", (s * n as f64).round()),
                 s => format!("{:.1} % {}", 100.0 * s, unit_of(kind)),
             };
-            let _ = write!(line, "{cell:>16}");
+            let _ = write!(line, "{cell:>20}");
         }
         let _ = writeln!(line);
     }
-    header(line, "memory");
+    header(line, "memory", "");
     let row = |line: &mut String, name: &str, bytes: &dyn Fn(Device) -> u64| {
         if columns.iter().any(|d| bytes(*d) > 0) {
             let _ = write!(line, "  {name:<20}");
             columns.iter().for_each(|d| {
-                let _ = write!(line, "{:>16}", size(bytes(*d)));
+                let _ = write!(line, "{:>20}", size(bytes(*d)));
             });
             let _ = writeln!(line);
         }
@@ -162,7 +162,7 @@ pub fn text(plan: &Plan, model: &Model) -> String {
     row(line, "total", &|d| plan.bytes(d, None));
     row(line, "available", &limit);
     row(line, "left", &|d| limit(d) - plan.bytes(d, None));
-    header(line, &format!("token at depth {}", depth(plan)));
+    header(line, &format!("token at depth {}", depth(plan)), "          time");
     for group in &p.groups {
         let _ = write!(line, "  {:<20}", format!("{} x {}", group.kind, group.n_blocks));
         for device in &columns {
@@ -172,14 +172,14 @@ pub fn text(plan: &Plan, model: &Model) -> String {
             };
             let _ = write!(line, "{cell:>20}");
         }
-        let _ = writeln!(line, "{:>16}", format!("{} ms", short(group.token_ms)));
+        let _ = writeln!(line, "{:>14}", format!("{} ms", short(group.token_ms)));
     }
     if p.handoff_ms > 0.0005 {
-        let _ = writeln!(line, "  hand-offs {} ms", short(p.handoff_ms));
+        let _ = writeln!(line, "  hand-offs: {} ms", short(p.handoff_ms));
     }
-    let _ = writeln!(line, "  launch, sampling {} ms", short(p.fixed_ms));
+    let _ = writeln!(line, "  launch and sampling: {} ms", short(p.fixed_ms));
     let _ =
-        writeln!(line, "  together {} ms = {} tok/s   bound: {}", short(p.token_ms), short(p.generate_tok_s), p.bound);
+        writeln!(line, "  together: {} ms = {} tok/s   bound: {}", short(p.token_ms), short(p.generate_tok_s), p.bound);
     if plan.workload.prompt > 0 {
         let _ = writeln!(
             line,
