@@ -1,11 +1,111 @@
-//! The command line: options (flags and their environment twins), and one file per command.
+//! The command line: options (flags and their `TANDEM_…` twins, read nowhere else) and one file per command.
+//! Errors are printed once, here: one line, exit code 2 for usage and 1 for every other.
 
+mod bench;
+mod generate;
 pub mod inspect;
+mod load;
+mod logits;
 pub mod plan;
 pub mod probe;
+mod run;
 pub mod wishes;
 
+use clap::{CommandFactory, Parser, Subcommand};
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::LazyLock;
+
+/// GGUF language models on the whole machine.
+#[derive(Parser)]
+#[command(
+    name = "tandem",
+    version = VERSION.as_str(),
+    about,
+    propagate_version = true,
+    before_help = EXAMPLES,
+    after_help = "Every option has an environment twin TANDEM_…, shown beside it; the option wins."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Version, build and processor features: `0.1.0 (release, x86_64-linux, avx2)`.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
+    let (arch, os) = (std::env::consts::ARCH, std::env::consts::OS);
+    format!("{} ({build}, {arch}-{os}, {})", env!("CARGO_PKG_VERSION"), tandem_cpu::Isa::detect().name())
+});
+
+const EXAMPLES: &str = "\
+Examples:
+  tandem run                                       chat with the bundled story model
+  tandem run model.gguf -p \"Why is the sky blue?\"   one answer
+  tandem run model.gguf -f notes.txt -n 200        a prompt from a file (or from standard input)
+  tandem plan model.gguf --vram 12G                what would run where, and why
+  tandem inspect model.gguf --verify               what is in a file, and whether it is sound
+  tandem bench model.gguf -p 512,2048 -n 128       rates, and their share of what the machine can do";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Generate text: one answer, or a chat on a terminal
+    Run(run::RunArgs),
+    /// Say what would run where, every byte it takes, how fast it would be, and why
+    Plan(plan::PlanArgs),
+    /// Show what is in a file
+    Inspect(inspect::InspectArgs),
+    /// Measure prompt and generation rates
+    Bench(bench::BenchArgs),
+    /// Write raw logits of given tokens, for parity checks
+    Logits(logits::LogitsArgs),
+    /// Show the facts about this machine that plans are made from
+    Probe(probe::ProbeArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// Shell to complete for
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page (roff)
+    Man,
+}
+
+/// A mistake in how the command was called: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// An error that ends the command with exit code 2.
+fn usage(message: impl Into<String>) -> anyhow::Error {
+    Usage(message.into()).into()
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => run::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Logits(args) => logits::run(args),
+        Command::Probe(args) => probe::run(args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tandem", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+    }
+}
+
 /// Runs the command line and returns the exit code: 0, 2 for usage, 1 for every other error.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = Cli::parse(); // prints and exits with 2 on a usage error
+    let Err(error) = dispatch(cli.command) else { return ExitCode::SUCCESS };
+    let broken_pipe = error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    });
+    if broken_pipe {
+        return ExitCode::SUCCESS; // the reader of our output has left: nothing is wrong
+    }
+    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }

@@ -1,1 +1,33 @@
-//! The engine: loads a plan's weights and runs its steps; sessions are timelines over it.
+//! The engine: what a plan says, loaded. [`Engine`] is immutable once loaded; a [`Session`] is one mutable
+//! timeline over it. It refuses plans that name a device it does not have and batches that do not fit.
+
+mod session;
+mod step;
+
+pub use session::Session;
+pub use step::{Engine, States};
+
+/// What can go wrong while loading weights or running a step.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The CPU backend failed.
+    #[error(transparent)]
+    Cpu(#[from] tandem_cpu::Error),
+    /// The prompt and what it continues are longer than the context.
+    #[error("the prompt has {tokens} tokens but the context holds {n_ctx}; shorten it or raise --ctx")]
+    PromptTooLong {
+        /// Tokens of the whole prefix.
+        tokens: usize,
+        /// Positions of a slot.
+        n_ctx: usize,
+    },
+    /// A plan that uses a device this build or machine does not have.
+    #[error("the plan places blocks on {0}, which is not available here")]
+    Device(crate::plan::Device),
+    /// A batch that does not fit the plan or the vocabulary.
+    #[error("{0}")]
+    Batch(String),
+    /// The caller asked to stop between two batches of a prompt.
+    #[error("interrupted")]
+    Interrupted,
+}

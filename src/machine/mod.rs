@@ -46,6 +46,22 @@ pub struct Host {
     pub kernels: Vec<KernelRate>,
 }
 
+impl Host {
+    /// Read bandwidth of `threads` threads, GB/s: measured counts, straight lines between, flat beyond.
+    pub fn read_gb_per_s(&self, threads: usize) -> f64 {
+        let at = |i: usize| (self.read[i].threads as f64, self.read[i].gb_per_s);
+        let t = threads as f64;
+        match self.read.iter().position(|r| r.threads >= threads) {
+            None => self.read.last().expect("facts have at least one read rate").gb_per_s,
+            Some(0) => at(0).1 * t / at(0).0,
+            Some(i) => {
+                let ((t0, r0), (t1, r1)) = (at(i - 1), at(i));
+                r0 + (r1 - r0) * (t - t0) / (t1 - t0)
+            }
+        }
+    }
+}
+
 /// Bandwidth of reading main memory with so many threads.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -10,6 +10,7 @@ mod time;
 pub use bytes::{Entry, Pool, total};
 pub use predict::{DeviceTime, Group, Prediction};
 pub use show::{html, summary, text, why};
+pub use time::token_bytes;
 
 use crate::machine::Machine;
 use serde::{Deserialize, Serialize};

@@ -4,8 +4,9 @@
 //! `T = T_fixed + sum over blocks of max over devices + hand-offs`.
 
 use super::bytes::Sizes;
+use super::{Plan, n_parts};
 use crate::machine::{Gpu, Host};
-use tandem_spec::{Block, TensorType, Weight};
+use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Share of [`Gpu::bandwidth_gb_per_s`] that matrix-vector kernels reach on quantised weights.
 const GPU_GEMV_SHARE: f64 = 0.85;
@@ -126,18 +127,12 @@ impl Work {
     }
 }
 
-/// Read bandwidth of `threads` threads, GB/s: measured counts, straight lines between, flat beyond.
-pub(super) fn read_rate(host: &Host, threads: usize) -> f64 {
-    let at = |i: usize| (host.read[i].threads as f64, host.read[i].gb_per_s);
-    let t = threads as f64;
-    match host.read.iter().position(|r| r.threads >= threads) {
-        None => host.read.last().expect("facts have at least one read rate").gb_per_s,
-        Some(0) => at(0).1 * t / at(0).0,
-        Some(i) => {
-            let ((t0, r0), (t1, r1)) = (at(i - 1), at(i));
-            r0 + (r1 - r0) * (t - t0) / (t1 - t0)
-        }
-    }
+/// Bytes that one generated token moves in all blocks of `model` under `plan`, after `n_past` others: the weights
+/// it uses, states read and written, and keys and values of every position.
+pub fn token_bytes(model: &Model, plan: &Plan, n_past: usize) -> u64 {
+    let (n_ctx, n_slots, n_batch, kv_dtype) = (plan.n_ctx, plan.n_slots, plan.n_batch, plan.kv_dtype);
+    let sizes = Sizes { n_ctx, n_slots, n_batch, kv_dtype, stream: false };
+    model.blocks.iter().map(|b| work(b, n_parts(b), true, 1, n_past, &sizes).bytes()).sum::<f64>() as u64
 }
 
 impl Rates<'_> {
@@ -150,13 +145,13 @@ impl Rates<'_> {
             }
             Rates::Cpu { host, threads } => match host.kernels.iter().find(|k| k.ty == ty) {
                 Some(kernel) => {
-                    let share = read_rate(host, threads) / read_rate(host, host.threads);
+                    let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
                     (kernel.decode_gb_per_s * share, kernel.prompt_gflops * threads as f64 / host.threads as f64)
                 }
                 None => {
                     let (gb, gflops) = per_thread(&host.isa, ty);
                     let t = threads as f64;
-                    ((read_rate(host, threads) * CPU_GEMV_SHARE).min(gb * t), gflops * t)
+                    ((host.read_gb_per_s(threads) * CPU_GEMV_SHARE).min(gb * t), gflops * t)
                 }
             },
         }
@@ -176,7 +171,7 @@ impl Rates<'_> {
             }
             Rates::Cpu { host, threads } => {
                 let ops = self.matmul(TensorType::F32).1 * CPU_SCAN_SHARE;
-                (read_rate(host, threads) * CPU_GEMV_SHARE, ops, CPU_STAGE_US)
+                (host.read_gb_per_s(threads) * CPU_GEMV_SHARE, ops, CPU_STAGE_US)
             }
         };
         let cache = (work.cache / cache_rate).max(work.scan_ops / scan_rate) / 1e9;

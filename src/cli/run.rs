@@ -1,0 +1,331 @@
+//! `tandem run`: one answer to a prompt, or a chat on a terminal. The text goes to standard output, everything
+//! else to standard error.
+
+use super::generate::{self, Generated, Limits};
+use super::load::{self, EngineArgs, Loaded, Opened};
+use super::usage;
+use crate::engine::Session;
+use crate::gguf::Metadata;
+use crate::plan::{self, Workload};
+use crate::text::{
+    ChatTemplate, Message, Part, ReasoningSplitter, RenderOptions, Sampler, SamplerOptions, Tokenizer, Vocabulary,
+};
+use anyhow::{Context, anyhow};
+use std::io::{IsTerminal, Read, Write};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Arguments of `tandem run`.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  tandem run                                          chat with the bundled story model
+  tandem run -p \"Tell me a story about a fox.\"        one answer
+  tandem run model.gguf -f prompt.txt -n 200 --temp 0  greedy, at most 200 tokens
+  tandem run model.gguf --no-template -p \"Once upon\"  plain completion")]
+pub struct RunArgs {
+    /// Model file (GGUF; of a split set, its first file); without one, the bundled story model
+    model: Option<PathBuf>,
+    /// Prompt
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "file")]
+    prompt: Option<String>,
+    /// File that holds the prompt
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// System message
+    #[arg(long, value_name = "TEXT", env = "TANDEM_SYSTEM", conflicts_with = "no_template")]
+    system: Option<String>,
+    /// Give the prompt to the model as it is, without the file's chat template
+    #[arg(long, env = "TANDEM_NO_TEMPLATE")]
+    no_template: bool,
+    /// Let a thinking model think first, where its template knows `enable_thinking`
+    #[arg(long, value_name = "on|off", env = "TANDEM_THINK")]
+    think: Option<Switch>,
+    /// Generate at most N tokens
+    #[arg(short = 'n', long, value_name = "N", env = "TANDEM_N_PREDICT")]
+    n_predict: Option<usize>,
+    /// One JSON object per token on standard output, then a summary
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// On or off.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// Options of the sampler.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
+    /// Temperature; 0 takes the most likely token [default: the file's, else 0.8]
+    #[arg(long = "temp", value_name = "T", env = "TANDEM_TEMP")]
+    temperature: Option<f32>,
+    /// Keep the K most likely tokens; 0: all [default: the file's, else 40]
+    #[arg(long, value_name = "K", env = "TANDEM_TOP_K")]
+    top_k: Option<usize>,
+    /// Keep the most likely tokens whose probabilities sum to P [default: the file's, else 0.95]
+    #[arg(long, value_name = "P", env = "TANDEM_TOP_P")]
+    top_p: Option<f32>,
+    /// Drop tokens less likely than P times the most likely [default: the file's, else 0.05]
+    #[arg(long, value_name = "P", env = "TANDEM_MIN_P")]
+    min_p: Option<f32>,
+    /// Divide the logits of repeated tokens; 1: off
+    #[arg(long, value_name = "X", default_value_t = 1.0, env = "TANDEM_REPEAT_PENALTY")]
+    repeat_penalty: f32,
+    /// Subtract from the logits of tokens that occurred
+    #[arg(long, value_name = "X", default_value_t = 0.0, env = "TANDEM_PRESENCE_PENALTY", allow_hyphen_values = true)]
+    presence_penalty: f32,
+    /// Subtract from the logits of tokens per occurrence
+    #[arg(long, value_name = "X", default_value_t = 0.0, env = "TANDEM_FREQUENCY_PENALTY", allow_hyphen_values = true)]
+    frequency_penalty: f32,
+    /// Tokens that the penalties look back
+    #[arg(long, value_name = "N", default_value_t = 64, env = "TANDEM_REPEAT_LAST_N")]
+    repeat_last_n: usize,
+    /// Seed of the random numbers [default: from the clock]
+    #[arg(long, value_name = "N", env = "TANDEM_SEED")]
+    seed: Option<u64>,
+    /// End before this text; may be given several times
+    #[arg(long = "stop", value_name = "TEXT")]
+    stop: Vec<String>,
+}
+
+/// Set by Ctrl-C; a generation ends when it sees it.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// The first Ctrl-C ends the generation, the second (before the next generation begins) the program.
+fn catch_ctrl_c() -> anyhow::Result<()> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot catch Ctrl-C")
+}
+
+/// The prompt that is not a chat: `-p`, `-f`, or standard input; `None` asks for a chat.
+fn prompt(args: &RunArgs) -> anyhow::Result<Option<String>> {
+    if let Some(text) = &args.prompt {
+        return Ok(Some(text.clone()));
+    }
+    if let Some(path) = &args.file {
+        let bytes = std::fs::read(path).with_context(|| format!("{}: cannot read the prompt", path.display()))?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            anyhow::anyhow!("{}: the prompt is not UTF-8 (first bad byte at offset {at})", path.display())
+        })?;
+        return Ok(Some(text));
+    }
+    if std::io::stdin().is_terminal() {
+        return Ok(None);
+    }
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).context("standard input: cannot read the prompt")?;
+    Ok(Some(text))
+}
+
+impl SamplingArgs {
+    /// Options of the sampler: the user's, else what the file suggests, else the usual ones.
+    fn options(&self, metadata: &Metadata) -> anyhow::Result<SamplerOptions> {
+        let usual = SamplerOptions::default();
+        let suggested = |key: &str| -> anyhow::Result<Option<f32>> {
+            Ok(metadata.get::<f64>(&format!("general.sampling.{key}"))?.map(|x| x as f32))
+        };
+        let clock =
+            || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        let options = SamplerOptions {
+            temperature: self.temperature.or(suggested("temp")?).unwrap_or(usual.temperature),
+            top_k: match self.top_k {
+                Some(k) => k,
+                None => metadata.get::<u32>("general.sampling.top_k")?.map_or(usual.top_k, |k| k as usize),
+            },
+            top_p: self.top_p.or(suggested("top_p")?).unwrap_or(usual.top_p),
+            min_p: self.min_p.or(suggested("min_p")?).unwrap_or(usual.min_p),
+            repeat_penalty: self.repeat_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            penalty_window: self.repeat_last_n,
+            seed: self.seed.unwrap_or_else(clock),
+        };
+        options.check().map_err(|e| usage(e.to_string()))?;
+        Ok(options)
+    }
+}
+
+/// What answers: a session with its tokenizer, template and sampler.
+struct Speaker<'a> {
+    args: &'a RunArgs,
+    session: Session<'a>,
+    tokenizer: Tokenizer,
+    /// `None` with `--no-template`.
+    template: Option<ChatTemplate>,
+    sampler: Sampler,
+}
+
+impl<'a> Speaker<'a> {
+    fn new(args: &'a RunArgs, opened: &Opened, loaded: &'a Loaded) -> anyhow::Result<Self> {
+        let metadata = opened.file.metadata();
+        let options = args.sampling.options(metadata)?;
+        let tokenizer = Tokenizer::new(Vocabulary::from_metadata(metadata)?)
+            .with_context(|| format!("{}: cannot use its tokenizer", opened.file.name()))?;
+        if tokenizer.n_vocab() > opened.model.n_vocab {
+            let (n, rows) = (tokenizer.n_vocab(), opened.model.n_vocab);
+            return Err(anyhow!("{}: {n} tokens in the vocabulary, but the model has {rows} rows", opened.file.name()));
+        }
+        let template = if args.no_template { None } else { ChatTemplate::from_metadata(metadata, &tokenizer)? };
+        if template.is_none() && !args.no_template {
+            let name = opened.file.name();
+            return Err(anyhow!("{name} has no chat template; use --no-template to continue the prompt as it is"));
+        }
+        if args.think.is_some() && !template.as_ref().is_some_and(ChatTemplate::knows_thinking) {
+            return Err(usage("--think: the chat template of this model knows no enable_thinking"));
+        }
+        Ok(Self { args, session: Session::new(&loaded.engine)?, tokenizer, template, sampler: Sampler::new(options)? })
+    }
+
+    /// Generates what follows `messages` and streams it to standard output.
+    fn answer(&mut self, messages: &[Message]) -> anyhow::Result<Generated> {
+        let thinking = self.args.think.map(|think| think == Switch::On);
+        let prompt = match &self.template {
+            Some(template) => template.render(messages, &RenderOptions { thinking, ..Default::default() })?,
+            None => messages.iter().map(|m| m.content.as_str()).collect(),
+        };
+        let ids = self.tokenizer.encode_prompt(&prompt, self.template.is_some());
+        if ids.is_empty() {
+            return Err(usage("the prompt is empty"));
+        }
+        INTERRUPTED.store(false, Ordering::SeqCst);
+        let limits = Limits {
+            n_predict: self.args.n_predict,
+            stops: &self.args.sampling.stop,
+            interrupted: &|| INTERRUPTED.load(Ordering::SeqCst),
+        };
+        let mut out = Output::new(self.args.json, &prompt);
+        let generated = generate::generate(
+            &mut self.session,
+            &self.tokenizer,
+            &mut self.sampler,
+            &ids,
+            &limits,
+            &mut |id, text| out.token(id, text),
+        )?;
+        out.end()?;
+        Ok(generated)
+    }
+}
+
+/// Standard output: text with the reasoning dimmed on a terminal, or one JSON object per token.
+struct Output {
+    json: bool,
+    dims: bool,
+    splitter: ReasoningSplitter,
+    styled: String,
+}
+
+impl Output {
+    fn new(json: bool, prompt: &str) -> Self {
+        let dims = std::io::stdout().is_terminal();
+        Self { json, dims, splitter: ReasoningSplitter::new(prompt), styled: String::new() }
+    }
+
+    fn token(&mut self, id: u32, text: &str) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            writeln!(out, "{}", serde_json::json!({ "id": id, "text": text }))?;
+        } else if self.dims {
+            self.styled.clear();
+            self.splitter.push(text, &mut |part, text| style(part, text, &mut self.styled));
+            out.write_all(self.styled.as_bytes())?;
+        } else {
+            out.write_all(text.as_bytes())?;
+        }
+        Ok(out.flush()?)
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        if !self.json {
+            self.styled.clear();
+            self.splitter.finish(&mut |part, text| style(part, text, &mut self.styled));
+            writeln!(out, "{}", self.styled)?;
+        }
+        Ok(out.flush()?)
+    }
+}
+
+/// Appends `text` to `out`, dimmed if it is reasoning.
+fn style(part: Part, text: &str, out: &mut String) {
+    match part {
+        Part::Reasoning => out.extend(["\x1b[2m", text, "\x1b[0m"]),
+        Part::Answer => out.push_str(text),
+    }
+}
+
+/// Figures of a generation, for the closing line and for `--json`.
+fn summary(generated: &Generated, loaded: &Loaded, n_past: usize) -> serde_json::Value {
+    let rate = |n: usize, time: std::time::Duration| if n == 0 { 0.0 } else { n as f64 / time.as_secs_f64() };
+    let engine = &loaded.engine;
+    let generate_tok_s = rate(generated.n_steps, generated.step_time);
+    let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), n_past);
+    let gb_per_s = generate_tok_s * bytes_per_token as f64 * 1e-9;
+    serde_json::json!({
+        "stop": generated.stop,
+        "load_s": loaded.load_time.as_secs_f64(),
+        "prompt_tokens": generated.n_prompt,
+        "prompt_tok_s": rate(generated.n_prompt, generated.prompt_time),
+        "generated_tokens": generated.tokens.len(),
+        "generate_tok_s": generate_tok_s,
+        "predicted_generate_tok_s": engine.plan().prediction.generate_tok_s,
+        "gb_per_s": gb_per_s,
+        "bandwidth_share": gb_per_s / loaded.machine.host.read_gb_per_s(engine.plan().threads),
+        "text": generated.text,
+    })
+}
+
+/// Says how a generation went: on standard output as JSON, else as a line on standard error.
+fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, n_past: usize) -> anyhow::Result<()> {
+    let figures = summary(generated, loaded, n_past);
+    if args.json {
+        writeln!(std::io::stdout(), "{figures}")?;
+        return Ok(());
+    }
+    let number = |key: &str| figures[key].as_f64().unwrap_or(0.0);
+    eprintln!(
+        "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s | {:.1} GB/s, {:.0} % of \
+         the bandwidth",
+        number("load_s"),
+        generated.n_prompt,
+        number("prompt_tok_s"),
+        generated.tokens.len(),
+        number("generate_tok_s"),
+        number("gb_per_s"),
+        number("bandwidth_share") * 100.0
+    );
+    Ok(())
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A prompt that cannot be read or does not fit; a model that cannot be opened, planned or loaded; a failed step.
+pub fn run(args: RunArgs) -> anyhow::Result<()> {
+    let prompt = prompt(&args)?;
+    if prompt.is_none() && args.no_template {
+        return Err(usage("--no-template continues a prompt: give one with -p, -f or on standard input"));
+    }
+    let opened = load::open(args.model.as_deref())?;
+    let loaded = load::engine(&opened, &args.engine, Workload::default())?;
+    let mut speaker = Speaker::new(&args, &opened, &loaded)?;
+    catch_ctrl_c()?;
+    let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    let Some(prompt) = prompt else { todo!() };
+    messages.push(Message::new("user", prompt));
+    let generated = speaker.answer(&messages)?;
+    close(&args, &generated, &loaded, speaker.session.tokens().len())
+}

@@ -1,0 +1,123 @@
+//! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
+//! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so copies of them are
+//! kept at the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues from
+//! the longest copy that it shares.
+
+use super::{Engine, Error, States};
+use tandem_cpu::Snapshot;
+use tandem_spec::Batch;
+
+/// Bytes that copies of GDN states may take in one session.
+const SNAPSHOT_BUDGET: usize = 512 << 20;
+
+/// One mutable timeline over an engine.
+pub struct Session<'e> {
+    engine: &'e Engine,
+    states: States,
+    slot: usize,
+    tokens: Vec<u32>,
+    snapshots: Vec<(usize, Snapshot)>, // by number of tokens, ascending
+}
+
+/// Number of leading tokens that two timelines share.
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(x, y)| x == y).count()
+}
+
+impl<'e> Session<'e> {
+    /// An empty timeline in slot 0 of states of its own.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn new(engine: &'e Engine) -> Result<Self, Error> {
+        Ok(Self { engine, states: engine.states()?, slot: 0, tokens: Vec::new(), snapshots: Vec::new() })
+    }
+
+    /// Tokens of the timeline so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Positions of the timeline.
+    pub fn n_ctx(&self) -> usize {
+        self.engine.plan().n_ctx
+    }
+
+    /// Logits `[n_vocab]` after the last token that was fed; the sampler may change them in place.
+    pub fn logits(&mut self) -> &mut [f32] {
+        self.states.logits()
+    }
+
+    /// Continues the timeline to `prefix` (never empty) and returns how many of its tokens were computed: only
+    /// what is new is, in batches of the plan's size; `stop` is asked between the batches of a prompt.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] before anything is computed; [`Error::Interrupted`]; a failed step.
+    pub fn feed(&mut self, prefix: &[u32], stop: &dyn Fn() -> bool) -> Result<usize, Error> {
+        assert!(!prefix.is_empty(), "a prefix has at least one token");
+        let plan = self.engine.plan();
+        if prefix.len() > plan.n_ctx {
+            return Err(Error::PromptTooLong { tokens: prefix.len(), n_ctx: plan.n_ctx });
+        }
+        // The last token is always computed: its logits are what the caller wants.
+        let shared = common_prefix(&self.tokens, &prefix[..prefix.len() - 1]);
+        if shared < self.tokens.len() {
+            self.rewind(shared);
+        }
+        let start = self.tokens.len();
+        let is_prompt = prefix.len() - start > 1;
+        if is_prompt && start > 0 {
+            self.keep_snapshot();
+        }
+        for chunk in prefix[start..].chunks(plan.n_batch) {
+            if is_prompt && stop() {
+                return Err(Error::Interrupted);
+            }
+            let last = self.tokens.len() + chunk.len() == prefix.len();
+            let mut batch = Batch::single(self.slot, self.tokens.len(), chunk, false);
+            if !last {
+                batch.wanted.clear();
+            }
+            self.engine.step(&mut self.states, &batch)?;
+            self.tokens.extend_from_slice(chunk);
+        }
+        if is_prompt {
+            self.keep_snapshot();
+        }
+        Ok(prefix.len() - start)
+    }
+
+    /// Cuts the timeline to at most `n_tokens` tokens: to exactly as many where no state is recurrent, else
+    /// to the longest kept copy.
+    fn rewind(&mut self, n_tokens: usize) {
+        if !self.engine.model().is_hybrid() {
+            self.tokens.truncate(n_tokens);
+            return;
+        }
+        self.snapshots.retain(|(n, _)| *n <= n_tokens);
+        match self.snapshots.last() {
+            Some((n, snapshot)) => {
+                self.states.restore(self.slot, snapshot);
+                self.tokens.truncate(*n);
+            }
+            None => {
+                self.states.reset(self.slot);
+                self.tokens.clear();
+            }
+        }
+    }
+
+    fn keep_snapshot(&mut self) {
+        if !self.engine.model().is_hybrid() || self.snapshots.last().is_some_and(|(n, _)| *n == self.tokens.len()) {
+            return;
+        }
+        let n_kept = SNAPSHOT_BUDGET / self.states.snapshot_bytes().max(1);
+        if n_kept == 0 {
+            return;
+        }
+        if self.snapshots.len() >= n_kept {
+            self.snapshots.remove(0);
+        }
+        self.snapshots.push((self.tokens.len(), self.states.snapshot(self.slot)));
+    }
+}
