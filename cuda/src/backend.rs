@@ -12,6 +12,7 @@ use crate::ffn::FfnOp;
 use crate::head::HeadOp;
 use crate::moe::MoeOp;
 use crate::ops::{DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
+use crate::prompt::{Prompt, Tables};
 use crate::{layout, upload};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -64,9 +65,10 @@ impl WeightsLayout {
 pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Result<Vec<Program>, Error> {
     let mut linker = Linker::collecting(n_sms);
     for block in blocks {
-        let Ok(block) = block.try_map(&mut |w| Ok::<_, Infallible>(DeviceWeight::unplaced(w)));
-        Op::new(&mut linker, block, (Ptr::NULL, 1.0), options)?;
+        Op::new(&mut linker, unplaced(block), (Ptr::NULL, 1.0), options)?;
     }
+    let placed: Vec<_> = blocks.iter().map(unplaced).collect();
+    Prompt::new(&mut linker, &placed, options.kv, (8, 0))?;
     let mut programs = linker.programs;
     for block in blocks {
         block.for_each(&mut |w| {
@@ -78,6 +80,12 @@ pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Re
     let mut seen = std::collections::HashSet::new();
     programs.retain(|p| seen.insert(p.clone()));
     Ok(programs)
+}
+
+/// A block without addresses: for what depends on shapes only.
+pub(crate) fn unplaced(block: &Block<Weight>) -> Block<DeviceWeight> {
+    let Ok(block) = block.try_map(&mut |w| Ok::<_, Infallible>(DeviceWeight::unplaced(w)));
+    block
 }
 
 /// A block with its kernels.
@@ -138,9 +146,16 @@ fn float_weights(block: &Block<Weight>) -> Vec<&Weight> {
     }
 }
 
+/// Tokens of a batch from which on the prompt kernels are faster.
+pub const PROMPT_FROM: usize = 16;
+
 /// Blocks of a model on one GPU.
 pub struct Backend {
     ops: Vec<Op>,
+    prompt: Prompt,
+    prompt_from: usize,
+    /// With the rotary frequencies of attention blocks and their magnitude.
+    blocks: Vec<(Block<DeviceWeight>, (Ptr, f64))>,
     names: Vec<String>,
     n_embd: usize,
     n_vocab: Option<usize>,
@@ -193,7 +208,7 @@ impl Backend {
         let total = items.iter().map(|i| i.range.bytes).sum();
         upload::upload(device, &kernels, &weights, &items, source, planned, &mut |done| progress(done, total))?;
 
-        let mut ops = Vec::new();
+        let (mut ops, mut placed_blocks) = (Vec::new(), Vec::new());
         let mut linker = Linker::resolving(&kernels, n_sms);
         for (block, frequencies) in blocks.iter().zip(&weights_layout.frequencies) {
             let mut freq = (Ptr::NULL, 1.0);
@@ -210,8 +225,11 @@ impl Backend {
                 let ptr = weights.ptr(weights_layout.range(w));
                 Ok::<_, Infallible>(DeviceWeight { ptr, ..DeviceWeight::unplaced(w) })
             });
+            placed_blocks.push((placed.clone(), freq));
             ops.push(Op::new(&mut linker, placed, freq, options)?);
         }
+        let all: Vec<_> = placed_blocks.iter().map(|(b, _)| b.clone()).collect();
+        let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability())?;
         let n_embd = blocks.iter().map(n_embd).max().unwrap_or(0);
         let n_vocab = blocks.iter().find_map(|b| match b {
             Block::Embed(b) => Some(b.n_vocab),
@@ -220,6 +238,9 @@ impl Backend {
         });
         Ok(Self {
             ops,
+            prompt,
+            prompt_from: PROMPT_FROM,
+            blocks: placed_blocks,
             names: blocks.iter().map(Block::name).collect(),
             n_embd,
             n_vocab,
@@ -230,6 +251,11 @@ impl Backend {
             _kernels: kernels,
             device: device.clone(),
         })
+    }
+
+    /// The same with the prompt kernels for batches of `n_tokens` tokens and more: for tests and measurements.
+    pub fn with_prompt_from(self, n_tokens: usize) -> Self {
+        Self { prompt_from: n_tokens, ..self }
     }
 
     /// Bytes of the weight arena.
@@ -295,12 +321,34 @@ impl Backend {
             assert_eq!(x.len(), n * self.n_embd, "residual stream");
             state.arena.write(x_range, x)?;
         }
+        let tables = if n >= self.prompt_from {
+            let memory = state.arena.ptr(self.layout.tables);
+            let blocks = self.blocks.iter().map(|(b, _)| b);
+            Some(self.prompt.tables(&self.device, batch, blocks, self.options.kv, (step.rows, step.runs), memory)?)
+        } else {
+            None
+        };
         for i in range.clone() {
             step.state = self.state_of(state, i);
+            if let Some(tables) = &tables
+                && !matches!(self.ops[i], Op::Embed(_) | Op::Head(_))
+            {
+                let scratch = state.arena.ptr(self.layout.scratch);
+                self.launch_prompt(i, tables, &step, scratch).map_err(|e| self.in_block(i, e))?;
+                continue;
+            }
             if let Op::Head(head) = &self.ops[i] {
                 assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
                 for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
-                    head.launch(&step, c * LOGIT_ROWS, out.len() / head.n_vocab)?;
+                    let (first, n) = (c * LOGIT_ROWS, out.len() / head.n_vocab);
+                    match &self.blocks[i].0 {
+                        Block::Head(b) if n >= self.prompt_from.min(LOGIT_ROWS / 2) => {
+                            let scratch = state.arena.ptr(self.layout.scratch);
+                            let wanted = (step.wanted.offset(first * 4), n);
+                            self.prompt.head(&self.device, b, wanted, step.x, step.logits, scratch)?;
+                        }
+                        _ => head.launch(&step, first, n)?,
+                    }
                     state.arena.read(self.layout.logits, out)?;
                 }
                 return Ok(());
@@ -309,6 +357,21 @@ impl Backend {
         }
         assert_eq!(x.len(), n * self.n_embd, "residual stream");
         state.arena.read(x_range, x)
+    }
+
+    /// Queues block `i` over many tokens.
+    fn launch_prompt(&self, i: usize, tables: &Tables, step: &Step, scratch: Ptr) -> Result<(), Error> {
+        let (prompt, device, x, state) = (&self.prompt, &self.device, step.x, step.state);
+        match &self.blocks[i] {
+            (Block::Attention(b), freq) => {
+                let cache = (state[0], state[1], self.options.n_ctx, self.options.kv);
+                prompt.attention(device, b, tables, x, cache, *freq, scratch)
+            }
+            (Block::DeltaNet(b), _) => prompt.delta_net(device, b, tables, x, state, scratch),
+            (Block::Ffn(b), _) => prompt.ffn(device, b, tables, x, scratch),
+            (Block::Moe(b), _) => prompt.moe(device, b, tables, x, scratch),
+            (Block::Embed(_) | Block::Head(_), _) => unreachable!("one kernel for any number of tokens"),
+        }
     }
 
     /// Names the block in a launch error.

@@ -12,8 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// Headers that every source may include.
-const HEADERS: &[(&str, &str)] =
-    &[("common.cuh", include_str!("common.cuh")), ("quant.cuh", include_str!("quant.cuh"))];
+const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("common.cuh")),
+    ("quant.cuh", include_str!("quant.cuh")),
+    ("matrix.cuh", include_str!("matrix.cuh")),
+    ("unit.cuh", include_str!("unit.cuh")),
+];
 
 /// A `.cu` file with its specialisation.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -13,10 +13,12 @@ pub mod upload;
 
 mod attention;
 mod delta_net;
+mod dense;
 mod ffn;
 mod gemv;
 mod head;
 mod moe;
+mod prompt;
 
 pub use backend::{Backend, Feed, State, WeightsLayout, programs};
 pub use compile::Compiler;

@@ -115,6 +115,8 @@ pub struct StateLayout {
     pub(crate) projected: Range,
     pub(crate) mixed: InputRanges,
     pub(crate) parts: Range,
+    pub(crate) scratch: Range,
+    pub(crate) tables: Range,
     pub(crate) routed: [Range; 4],
     pub(crate) logits: Range,
     pub(crate) sampled: [Range; 3],
@@ -123,7 +125,7 @@ pub struct StateLayout {
 
 impl StateLayout {
     /// The layout for `blocks` and `options` on a GPU of `n_sms` multiprocessors.
-    pub fn new<W>(blocks: &[Block<W>], options: &Options, n_sms: usize) -> Self {
+    pub fn new(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Self {
         let Options { n_slots, n_ctx, n_batch, kv } = *options;
         let mut ranges = Ranges::default();
         let (mut n_embd, mut projected, mut mixed, mut parts, mut n_vocab) = (0, 0, 0, 0, 0);
@@ -172,16 +174,31 @@ impl StateLayout {
         }
         let logit_rows = LOGIT_ROWS.max(n_slots);
         let routes = if n_experts > 0 { n_batch } else { 0 };
+        let rows = ranges.take(n_batch * size_of::<Row>());
+        let runs = ranges.take(n_batch.min(n_slots) * size_of::<Run>());
+        let wanted = ranges.take(n_batch * 4);
+        let x = ranges.take(n_batch * n_embd * 4);
+        // The prompt kernels' buffers and those of the token kernels take the same place.
+        let offset = ranges.total();
+        let hidden = InputRanges::new(&mut ranges, n_batch * n_embd);
+        let projected = ranges.take(n_batch * projected * 4);
+        let mixed = InputRanges::new(&mut ranges, n_batch * mixed);
+        let parts = ranges.take(parts * 4);
+        let needed = crate::prompt::scratch_bytes(blocks, n_batch, n_batch.min(n_slots));
+        let scratch = Range { offset, bytes: needed };
+        ranges.take(needed.saturating_sub(ranges.total() - offset));
         Self {
             blocks: states,
-            rows: ranges.take(n_batch * size_of::<Row>()),
-            runs: ranges.take(n_batch.min(n_slots) * size_of::<Run>()),
-            wanted: ranges.take(n_batch * 4),
-            x: ranges.take(n_batch * n_embd * 4),
-            hidden: InputRanges::new(&mut ranges, n_batch * n_embd),
-            projected: ranges.take(n_batch * projected * 4),
-            mixed: InputRanges::new(&mut ranges, n_batch * mixed),
-            parts: ranges.take(parts * 4),
+            rows,
+            runs,
+            wanted,
+            x,
+            hidden,
+            projected,
+            mixed,
+            parts,
+            scratch,
+            tables: ranges.take(crate::prompt::table_bytes(blocks, n_batch, n_batch.min(n_slots))),
             routed: [
                 ranges.take(routes * (n_experts + 1) * 4),
                 ranges.take(routes * 4),

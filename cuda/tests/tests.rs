@@ -2,4 +2,5 @@
 
 mod blocks;
 mod compile;
+mod prompt;
 mod shapes;

@@ -1,0 +1,375 @@
+// Y = X W^T for many rows of X, with W quantised as the file has it: tiles of W are decoded in flight and multiplied on
+// the tensor cores (bf16, or f16 where the chip or the weight asks for it; f32 sums).
+// gemm_tile: 128 outputs by TILE rows through shared memory, for prompts. gemm_rows: few rows (2 to 64), where reading W is the
+// cost: weights go from memory to registers to the matrix unit, the warps of a block split the inputs. gemm_f32: F32 weights and widths that
+// are not whole units of 32, in plain f32. All three take stacks of experts through a table of row tiles.
+// Set by the compiler: TYPE (a GGUF type id), PAIR (gate and up at once, Y = silu(gate) * up as 16-bit), ROWS (rows of a
+// tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32, 1 for decode_rows, which only decodes).
+#include "unit.cuh"
+
+// `n` rows of X that go through one expert's weights; rows [first, first + n) of Y.
+struct RowTile {
+    int expert;
+    int first;
+    int n;
+};
+
+struct GemmArgs {
+    const u8* w;             // planes of [n_experts * n_out, n_in]
+    const u8* w2;            // PAIR: up
+    u64 n_blocks;            // blocks of the whole tensor
+    const void* x;           // [.., n_in] 16-bit (gemm_f32: f32)
+    const int* gather;       // row of x for each row of y, or null
+    const RowTile* tiles;    // [gridDim.y], or null: one weight, rows [0, n_rows)
+    const int* n_tiles;      // [1]: how many of `tiles` count
+    void* y;                 // [n_rows, ld_y] f32; PAIR: 16-bit
+    const float* scale;      // [1] or [n_experts], or null
+    const float* scale2;     // PAIR: of up
+    const float* bias;       // [n_out] or null
+    int n_rows;
+    int n_out;
+    int n_in;
+    int ld_y;
+    int add;                 // y += instead of y =
+    int y_f16;               // PAIR: y is f16, else bf16
+};
+
+static_assert(sizeof(GemmArgs) == GEMM_ARGS, "GemmArgs differs from prompt.rs");
+
+[[maybe_unused]] DEVICE bool find_tile(const GemmArgs& a, int height, RowTile& t) {
+    if (a.tiles) {
+        if ((int)blockIdx.y >= *a.n_tiles) return false;
+        t = a.tiles[blockIdx.y];
+    } else {
+        t.expert = 0;
+        t.first = blockIdx.y * height;
+        t.n = min(height, a.n_rows - t.first);
+    }
+    return true;
+}
+
+#if ROWS
+typedef HalfUnit<TYPE> Source;
+#endif
+
+#if ROWS >= 64
+#define TILE ROWS
+#if __CUDA_ARCH__ >= 800
+#define STAGES 3
+#else
+#define STAGES 2
+#endif
+
+// Address of 16 bytes in a tile of rows of 64 16-bit numbers; the chunks of a row are permuted so that eight rows meet eight banks.
+DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Grid (ceil(n_out / (PAIR ? 64 : 128)), row tiles), 256 threads, (2 * 128 + STAGES * TILE) * 128 bytes of shared memory.
+KERNEL __launch_bounds__(256) gemm_tile(const GemmArgs a) {
+    extern __shared__ __align__(128) u8 shared[];
+    u8* ws = shared;                        // [2][128][64] 16-bit
+    u8* xs = shared + 2 * 128 * 128;        // [STAGES][TILE][64] 16-bit
+    RowTile tile;
+    if (!find_tile(a, TILE, tile)) return;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int units = a.n_in / 32, steps = (units + 1) / 2;
+
+    // A thread decodes one unit of one row of W a step. PAIR: per 32 rows, 16 of gate, then the same 16 of up.
+    const int wr = tid >> 1, half = tid & 1;
+    const int out0 = blockIdx.x * (PAIR ? 64 : 128);
+    const int out = min(out0 + (PAIR ? (wr >> 5) * 16 + (wr & 15) : wr), a.n_out - 1);
+    const u8* source = PAIR && (wr & 16) ? a.w2 : a.w;
+    const u64 unit0 = ((u64)tile.expert * a.n_out + out) * units + half;
+    Source::Raw raw;
+
+    auto load_w = [&](int step) {
+        if (step * 2 + half < units) raw = Source::load(source, a.n_blocks, unit0 + step * 2);
+    };
+    auto store_w = [&](int step) {
+        uint4 v[4];
+        if (step * 2 + half < units) Source::decode(raw, unit0 + step * 2, v);
+        else v[0] = v[1] = v[2] = v[3] = make_uint4(0, 0, 0, 0);
+        u8* to = ws + (step & 1) * 128 * 128;
+#pragma unroll
+        for (int i = 0; i < 4; i++) *(uint4*)(to + swizzled(wr, half * 4 + i)) = v[i];
+    };
+    constexpr int X_COPIES = TILE * 8 / 256;
+    const u16* x_row[X_COPIES];
+    bool x_valid[X_COPIES];
+#pragma unroll
+    for (int i = 0; i < X_COPIES; i++) {
+        const int r = (tid + i * 256) >> 3;
+        x_valid[i] = r < tile.n;
+        const int row = tile.first + (x_valid[i] ? r : 0);
+        x_row[i] = (const u16*)a.x + (u64)(a.gather ? a.gather[row] : row) * a.n_in;
+    }
+    auto load_x = [&](int step) {
+        if (step < steps) {
+            u8* to = xs + step % STAGES * TILE * 128;
+#pragma unroll
+            for (int i = 0; i < X_COPIES; i++) {
+                const int r = (tid + i * 256) >> 3, chunk = tid & 7, k = step * 64 + chunk * 8;
+                const bool valid = x_valid[i] && k < a.n_in;
+                copy_async_16(to + swizzled(r, chunk), x_row[i] + (valid ? k : 0), valid);
+            }
+        }
+        copy_async_commit();
+    };
+
+    constexpr int MT = TILE / 32;           // 16-row tiles of a warp; 2 x 4 warps
+    const int m0 = (warp & 1) * MT * 16, n0 = (warp >> 1) * 32;
+    float acc[MT][4][4];
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
+
+    for (int s = 0; s < STAGES - 1; s++) load_x(s);
+    load_w(0);
+    store_w(0);
+    load_w(1);
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        load_x(step + STAGES - 1);
+        if (step + 1 < steps) store_w(step + 1);
+        load_w(step + 2);
+        const u32 wa = smem_address(ws + (step & 1) * 128 * 128), xa = smem_address(xs + step % STAGES * TILE * 128);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u32 fa[MT][4], fb[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                ldmatrix_x4(fb[j], wa + swizzled(n0 + j * 16 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
+#pragma unroll
+            for (int i = 0; i < MT; i++) ldmatrix_x4(fa[i], xa + swizzled(m0 + i * 16 + (lane & 15), k * 2 + (lane >> 4)));
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) mma_16816<Source::IS_F16>(acc[i][j], fa[i], fb[j >> 1][(j & 1) * 2], fb[j >> 1][(j & 1) * 2 + 1]);
+        }
+    }
+
+    const float scale = a.scale ? a.scale[tile.expert] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int r = m0 + i * 16 + lane / 4 + h * 8;
+            if (r >= tile.n) continue;
+            const u64 row = (u64)(tile.first + r) * a.ld_y;
+#if PAIR
+            const float scale2 = a.scale2 ? a.scale2[tile.expert] : 1.0f;
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int c = out0 + (n0 >> 1) + j * 8 + (lane & 3) * 2 + e;
+                    const float v = silu(acc[i][j][h * 2 + e] * scale) * (acc[i][j + 2][h * 2 + e] * scale2);
+                    if (c < a.n_out) ((u16*)a.y)[row + c] = a.y_f16 ? to_half<true>(v) : to_half<false>(v);
+                }
+#else
+            float* y = (float*)a.y + row;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int c = out0 + n0 + j * 8 + (lane & 3) * 2;
+                float v[2];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    v[e] = acc[i][j][h * 2 + e] * scale;
+                    if (c + e < a.n_out) {
+                        if (a.bias) v[e] += a.bias[c + e];
+                        if (a.add) v[e] += y[c + e];
+                    }
+                }
+                if (c + 1 < a.n_out && !(a.ld_y & 1)) *(float2*)(y + c) = make_float2(v[0], v[1]);
+                else {
+                    if (c < a.n_out) y[c] = v[0];
+                    if (c + 1 < a.n_out) y[c + 1] = v[1];
+                }
+            }
+#endif
+        }
+}
+
+#elif ROWS == 1
+struct DecodeRowsArgs {
+    const u8* w;             // planes
+    u16* out;                // [n_units, 32] 16-bit
+    u64 n_blocks;            // blocks of the whole tensor
+    u64 first;               // unit of the tensor that comes first
+    u64 n_units;
+};
+static_assert(sizeof(DecodeRowsArgs) == DECODE_ROWS_ARGS, "DecodeRowsArgs differs from prompt.rs");
+
+// Grid (ceil(n_units / 256)), 256 threads. A warp's units pass through shared memory, so that it writes whole lines.
+KERNEL __launch_bounds__(256) decode_rows(const DecodeRowsArgs a) {
+    __shared__ __align__(16) uint4 staged[8][32][5];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const u64 first = (u64)blockIdx.x * 256 + warp * 32, unit = first + lane;
+    if (unit < a.n_units) {
+        uint4 v[4];
+        Source::decode(Source::load(a.w, a.n_blocks, a.first + unit), a.first + unit, v);
+#pragma unroll
+        for (int i = 0; i < 4; i++) staged[warp][lane][i] = v[i];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int u = i * 8 + lane / 4;
+        if (first + u < a.n_units) ((uint4*)a.out)[(first + u) * 4 + lane % 4] = staged[warp][u][lane % 4];
+    }
+}
+
+#elif ROWS
+// Grid (ceil(n_out / (PAIR ? 16 : 32)), row tiles of ROWS), 256 threads. Every warp takes an eighth of the inputs of 32 rows of W.
+// Inside a group of 128 inputs the order is permuted alike for W and X, so that a lane's 32 weights are consecutive.
+KERNEL __launch_bounds__(256, 1) gemm_rows(const GemmArgs a) {
+    constexpr int NT = ROWS / 8;
+    __shared__ float partial[8][2][NT][4][32];
+    RowTile tile;
+    if (!find_tile(a, ROWS, tile)) return;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int r = lane >> 2, c = lane & 3, units = a.n_in / 32, groups = (units + 3) / 4;
+    const int out0 = blockIdx.x * (PAIR ? 16 : 32);
+    float acc[2][NT][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][j][e] = 0.0f;
+    u64 unit0[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            unit0[i][h] = ((u64)tile.expert * a.n_out + min(out0 + (PAIR ? 0 : i * 16) + r + h * 8, a.n_out - 1)) * units + c;
+    const u8* source[2] = {a.w, PAIR ? a.w2 : a.w};
+    const u16* x_row[NT];
+    bool x_valid[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        x_valid[j] = j * 8 + r < tile.n;
+        const int row = tile.first + (x_valid[j] ? j * 8 + r : 0);
+        x_row[j] = (const u16*)a.x + (u64)(a.gather ? a.gather[row] : row) * a.n_in + c * 32;
+    }
+    Source::Raw raw[2][2];
+    auto load = [&](int g) {
+        if (g * 4 + c >= units) return;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) raw[i][h] = Source::load(source[i], a.n_blocks, unit0[i][h] + g * 4);
+    };
+    load(warp);
+    for (int g = warp; g < groups; g += 8) {
+        const bool valid = g * 4 + c < units;
+        uint4 w[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (valid) Source::decode(raw[i][h], unit0[i][h] + g * 4, w[i][h]);
+                else w[i][h][0] = w[i][h][1] = w[i][h][2] = w[i][h][3] = make_uint4(0, 0, 0, 0);
+            }
+        load(g + 8);
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            uint4 x[NT];
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+                x[j] = x_valid[j] && valid ? *(const uint4*)(x_row[j] + g * 128 + q * 8) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const u32 lo[4] = {w[i][0][q].x, w[i][1][q].x, w[i][0][q].y, w[i][1][q].y};
+                const u32 hi[4] = {w[i][0][q].z, w[i][1][q].z, w[i][0][q].w, w[i][1][q].w};
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    mma_16816<Source::IS_F16>(acc[i][j], lo, x[j].x, x[j].y);
+                    mma_16816<Source::IS_F16>(acc[i][j], hi, x[j].z, x[j].w);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) partial[warp][i][j][e][lane] = acc[i][j][e];
+    __syncthreads();
+    // Fragment element e of lane l is output l / 4 + 8 (e / 2), row (l % 4) * 2 + e % 2.
+    const float scale = a.scale ? a.scale[tile.expert] : 1.0f;
+    for (int q = threadIdx.x; q < (PAIR ? 1 : 2) * NT * 128; q += 256) {
+        const int o = q % 16, row = q / 16 % ROWS, i = q / (16 * ROWS);
+        const int l = (o & 7) * 4 + (row & 7) / 2, e = (o >> 3) * 2 + (row & 1), j = row / 8;
+        const int col = out0 + i * 16 + o;
+        if (row >= tile.n || col >= a.n_out) continue;
+        float v = 0.0f;
+#pragma unroll
+        for (int p = 0; p < 8; p++) v += partial[p][i][j][e][l];
+        v *= scale;
+        const u64 at = (u64)(tile.first + row) * a.ld_y + col;
+#if PAIR
+        float up = 0.0f;
+#pragma unroll
+        for (int p = 0; p < 8; p++) up += partial[p][1][j][e][l];
+        v = silu(v) * (up * (a.scale2 ? a.scale2[tile.expert] : 1.0f));
+        ((u16*)a.y)[at] = a.y_f16 ? to_half<true>(v) : to_half<false>(v);
+#else
+        float* y = (float*)a.y + at;
+        if (a.bias) v += a.bias[col];
+        *y = a.add ? *y + v : v;
+#endif
+    }
+}
+
+#else
+DEVICE float weight_f32(const u8* w, u64 i) {
+#if TYPE == 0
+    return ((const float*)w)[i];
+#elif TYPE == 1
+    return half_to_float(((const u16*)w)[i]);
+#else
+    return bf16_to_float(((const u16*)w)[i]);
+#endif
+}
+
+// Grid (ceil(n_out / 16), row tiles of 8), 256 threads; a warp makes 2 outputs of 8 rows. x and y are f32.
+KERNEL __launch_bounds__(256) gemm_f32(const GemmArgs a) {
+    RowTile tile;
+    if (!find_tile(a, 8, tile)) return;
+    const int lane = threadIdx.x & 31, out = blockIdx.x * 16 + (threadIdx.x >> 5) * 2;
+    if (out >= a.n_out) return;
+    const u64 w0 = ((u64)tile.expert * a.n_out + out) * a.n_in, w1 = out + 1 < a.n_out ? w0 + a.n_in : w0;
+    const float* x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int row = tile.first + min(i, tile.n - 1);
+        x[i] = (const float*)a.x + (u64)(a.gather ? a.gather[row] : row) * a.n_in;
+    }
+    float acc[2][8] = {};
+    for (int k = lane; k < a.n_in; k += 32) {
+        const float u = weight_f32(a.w, w0 + k), v = weight_f32(a.w, w1 + k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float xi = x[i][k];
+            acc[0][i] += u * xi;
+            acc[1][i] += v * xi;
+        }
+    }
+    const float scale = a.scale ? a.scale[tile.expert] : 1.0f;
+#pragma unroll
+    for (int o = 0; o < 2; o++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float v = warp_sum(acc[o][i]) * scale;
+            if (lane != i || i >= tile.n || out + o >= a.n_out) continue;
+            if (a.bias) v += a.bias[out + o];
+            float* y = (float*)a.y + (u64)(tile.first + i) * a.ld_y + out + o;
+            *y = a.add ? *y + v : v;
+        }
+}
+#endif
