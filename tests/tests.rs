@@ -22,6 +22,8 @@ mod suite {
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;
+    /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
+    mod parity;
     /// Style that a machine can check: imports, owners of outside crates, dead files.
     mod tidy;
 }

@@ -8,9 +8,9 @@ use tandem_spec::testing::{max_abs, relative_rms};
 use tandem_spec::{Batch, DeltaForm, KvDtype, Reference, Sequence};
 
 /// One golden model: its file, its expected arrays and what the manifest says about them.
-struct Golden {
-    name: String,
-    path: PathBuf,
+pub struct Golden {
+    pub name: String,
+    pub path: PathBuf,
     entry: Value,
     data: Vec<u8>,
 }
@@ -20,7 +20,7 @@ fn folder() -> PathBuf {
 }
 
 /// Every model of the manifest.
-fn golden_models() -> Vec<Golden> {
+pub fn golden_models() -> Vec<Golden> {
     let manifest = std::fs::read(folder().join("manifest.json")).expect("manifest.json");
     let manifest: Value = serde_json::from_slice(&manifest).expect("manifest.json is JSON");
     let models = manifest["models"].as_array().expect("a list of models");
@@ -36,14 +36,14 @@ fn golden_models() -> Vec<Golden> {
 
 impl Golden {
     /// The array that `place` (offset and shape) describes.
-    fn array(&self, place: &Value) -> Vec<f64> {
+    pub fn array(&self, place: &Value) -> Vec<f64> {
         let at = number(&place["offset"]);
         let n: usize = numbers(&place["shape"]).iter().product();
         let values = self.data[at..at + 4 * n].chunks_exact(4);
         values.map(|b| f64::from(f32::from_le_bytes(b.try_into().expect("four bytes")))).collect()
     }
 
-    fn prompts(&self) -> &[Value] {
+    pub fn prompts(&self) -> &[Value] {
         self.entry["prompts"].as_array().expect("prompts")
     }
 
@@ -58,11 +58,11 @@ fn number(value: &Value) -> usize {
     value.as_u64().unwrap_or_else(|| panic!("a number, not {value}")) as usize
 }
 
-fn numbers(value: &Value) -> Vec<usize> {
+pub fn numbers(value: &Value) -> Vec<usize> {
     value.as_array().expect("a list").iter().map(number).collect()
 }
 
-fn tokens(value: &Value) -> Vec<u32> {
+pub fn tokens(value: &Value) -> Vec<u32> {
     numbers(value).into_iter().map(|t| t as u32).collect()
 }
 
