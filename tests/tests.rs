@@ -7,6 +7,8 @@ static ALLOCATOR: suite::allocations::Counting = suite::allocations::Counting;
 mod suite {
     /// How much a piece of work allocates.
     pub mod allocations;
+    /// The binary answers on standard output and refuses every mistake with one line and the right exit code.
+    mod cli;
     /// Crafted files, one for every way in which a file can lie, are refused with a clear error and bounded memory.
     mod corpus;
     /// GGUF files are read as an independent reader reads them, split sets as one, and quickly.
@@ -19,6 +21,8 @@ mod suite {
     mod plan;
     /// Descriptions of models without files.
     mod shapes;
+    /// The bundled model tells a story, remembers it in the next turn, and only what is new is computed.
+    mod story;
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;

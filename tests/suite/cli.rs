@@ -1,0 +1,136 @@
+//! The binary as a person uses it: answers on standard output, one clear line on standard error for every
+//! mistake, exit code 2 for usage and 1 for the rest.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// Runs `tandem` with `args` and environment `vars`, standard input empty. Facts about the machine are cached
+/// in the build's own folder.
+fn tandem(args: &[&str], vars: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).stdin(Stdio::null());
+    command.args(args).envs(vars.iter().copied()).output().expect("the binary starts")
+}
+
+/// Fails with `code`, prints nothing on standard output and an error that contains every one of `parts`.
+fn assert_refused(args: &[&str], vars: &[(&str, &str)], code: i32, parts: &[&str]) {
+    let output = tandem(args, vars);
+    let stderr = String::from_utf8(output.stderr).expect("messages are UTF-8");
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?} printed {:?}", String::from_utf8_lossy(&output.stdout));
+    let error = stderr.lines().find(|line| line.starts_with("error: ")).unwrap_or_else(|| panic!("{args:?}: {stderr}"));
+    assert_eq!(stderr.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{args:?}: {stderr}");
+    for part in parts {
+        assert!(error.contains(part), "{args:?}: `{part}` is not in `{error}`");
+    }
+    assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+}
+
+fn scratch(name: &str, bytes: &[u8]) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&path, bytes).expect("the build's folder can be written");
+    path
+}
+
+fn golden(name: &str) -> String {
+    format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn bad_files_are_refused_with_one_line() {
+    let whole = std::fs::read(golden("qwen35-f32.gguf")).unwrap();
+    let half = scratch("half.gguf", &whole[..whole.len() / 2]);
+    let empty = scratch("empty.gguf", b"");
+    let foreign = scratch("foreign.gguf", b"PK\x03\x04 this is a zip file, not a model, and long enough for a header");
+    let mut other = whole.clone();
+    let at = other.windows(6).position(|w| w == b"qwen35").expect("the architecture's name");
+    other[at..at + 6].copy_from_slice(b"gemma9");
+    let other = scratch("other.gguf", &other);
+    for (path, parts) in [
+        (Path::new("no/such/model.gguf"), &["no/such/model.gguf"][..]),
+        (&half, &["half.gguf"]),
+        (&empty, &["empty.gguf"]),
+        (&foreign, &["foreign.gguf", "GGUF"]),
+        (&other, &["gemma9", "qwen35moe", "llama"]),
+    ] {
+        for command in [&["run", "-p", "Hello"][..], &["logits", "--tokens", "1"], &["bench"], &["inspect"]] {
+            let path = path.to_str().unwrap();
+            assert_refused(&[command, &[path]].concat(), &[], 1, parts);
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_is_refused_with_code_2() {
+    let model = golden("qwen35-f32.gguf");
+    assert_refused(&["run", "--no-such-flag"], &[], 2, &["--no-such-flag"]);
+    assert_refused(&["no-such-command"], &[], 2, &["no-such-command"]);
+    assert_refused(&["run", "-p", "x"], &[("TANDEM_KV_DTYPE", "int3")], 2, &["int3", "bf16"]);
+    assert_refused(&["run", "-p", "x"], &[("TANDEM_CPU_ISA", "mmx")], 2, &["mmx", "portable"]);
+    assert_refused(&["run", "-p", "x"], &[("TANDEM_THREADS", "many")], 2, &["many"]);
+    assert_refused(&["run", "-p", "x"], &[("TANDEM_VRAM", "12Q")], 2, &["12Q"]);
+    assert_refused(&["run", "-p", "x", "--temp", "-1"], &[], 2, &["temp"]);
+    assert_refused(&["run", "-p", "x", "--think", "on"], &[], 2, &["--think"]);
+    assert_refused(&["run", "--no-template", "-p", ""], &[], 2, &["empty"]);
+    assert_refused(&["logits", &model, "--tokens", "1,288"], &[], 2, &["288", "287"]);
+    assert_refused(&["logits", &model, "--tokens", "1,2,3", "--ctx", "2"], &[], 2, &["3", "2"]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_computed() {
+    assert_refused(&["run", "-p", "Tell me a story.", "--ctx", "8"], &[], 1, &["8", "--ctx"]);
+    assert_refused(&["run", "-p", "x", "--ctx", "4000000000"], &[], 1, &[]);
+    assert_refused(&["run", "-p", "x", "--ram", "1M"], &[], 1, &[]);
+}
+
+#[test]
+fn answers_go_to_standard_output() {
+    let text = |args: &[&str]| {
+        let output = tandem(args, &[]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("complete UTF-8")
+    };
+    let story = text(&["run", "-p", "Tell me a story about an owl named Ravi.", "--temp", "0", "-n", "40"]);
+    assert!(story.contains("owl") && story.contains("Ravi"), "{story}");
+
+    let lines = text(&["run", "-p", "Tell me a story about an owl named Ravi.", "--temp", "0", "-n", "12", "--json"]);
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let pieces: String = lines[..12].iter().map(|line| line["text"].as_str().unwrap()).collect();
+    assert!(story.starts_with(&pieces), "{pieces:?} does not begin {story:?}");
+    assert_eq!((lines.len(), &lines[12]["stop"]), (13, &serde_json::json!("length")));
+    assert_eq!(lines[12]["text"], pieces);
+
+    let stopped = text(&["run", "-p", "Tell me a story about an owl named Ravi.", "--temp", "0", "--stop", "Ravi"]);
+    assert!(story.starts_with(stopped.trim_end()) && !stopped.contains("Ravi"), "{stopped:?}");
+    assert!(text(&["--version"]).starts_with("tandem 0."));
+    assert!(text(&["run", "--help"]).contains("Examples:"));
+    assert!(text(&["completions", "bash"]).contains("tandem"));
+    assert!(text(&["man"]).contains(".TH"));
+}
+
+#[test]
+fn raw_logits_are_those_of_the_reference() {
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(golden("manifest.json")).unwrap()).unwrap();
+    let model = manifest["models"].as_array().unwrap().iter().find(|m| m["name"] == "qwen35-f32").unwrap();
+    let prompt = &model["prompts"].as_array().unwrap()[0];
+    let tokens: Vec<String> = prompt["tokens"].as_array().unwrap().iter().map(|t| t.to_string()).collect();
+    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("logits.f32");
+    let args = ["logits", &golden("qwen35-f32.gguf"), "--tokens", &tokens.join(","), "--out", out.to_str().unwrap()];
+    let output = tandem(&args, &[("TANDEM_KV_DTYPE", "f32")]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let floats = |bytes: &[u8]| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    let found = floats(&std::fs::read(&out).unwrap());
+    let n_vocab = model["vocab"].as_u64().unwrap() as usize;
+    assert_eq!(found.len(), tokens.len() * n_vocab);
+    let data = floats(&std::fs::read(golden("qwen35-f32.bin")).unwrap());
+    let first = prompt["logits"]["offset"].as_u64().unwrap() as usize / 4;
+    for (i, position) in prompt["positions"].as_array().unwrap().iter().enumerate() {
+        let row = position.as_u64().unwrap() as usize;
+        let expected = &data[first + i * n_vocab..][..n_vocab];
+        let error = found[row * n_vocab..][..n_vocab].iter().zip(expected).map(|(a, b)| (a - b).abs());
+        let worst = error.fold(0.0, |m: f32, e| if e.is_nan() { f32::INFINITY } else { m.max(e) });
+        assert!(worst < 1e-4, "position {row}: {worst}");
+    }
+}
