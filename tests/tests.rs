@@ -17,6 +17,8 @@ mod suite {
     mod golden;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
+    /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
+    mod parity;
     /// Plans are the printed ones, and hold what every plan must hold.
     mod plan;
     /// Descriptions of models without files.
@@ -26,8 +28,6 @@ mod suite {
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;
-    /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
-    mod parity;
     /// Style that a machine can check: imports, owners of outside crates, dead files.
     mod tidy;
 }

@@ -11,6 +11,7 @@ pub mod probe;
 mod run;
 pub mod wishes;
 
+use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
@@ -96,9 +97,30 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
     }
 }
 
+/// A usage error of the argument parser, without its usage lines.
+fn one_line(message: &str) -> String {
+    let end = ["\n\nUsage:", "\n\nFor more information"].iter().filter_map(|part| message.find(part)).min();
+    let words: Vec<&str> = message[..end.unwrap_or(message.len())].split_whitespace().collect();
+    words.join(" ") + " (see --help)"
+}
+
 /// Runs the command line and returns the exit code: 0, 2 for usage, 1 for every other error.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse(); // prints and exits with 2 on a usage error
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(help) if !help.use_stderr() => {
+            let _ = help.print(); // --help and --version
+            return ExitCode::SUCCESS;
+        }
+        Err(help) if help.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = help.print();
+            return ExitCode::from(2);
+        }
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "{}", one_line(&error.to_string()));
+            return ExitCode::from(2);
+        }
+    };
     let Err(error) = dispatch(cli.command) else { return ExitCode::SUCCESS };
     let broken_pipe = error.chain().any(|cause| {
         cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)

@@ -65,19 +65,19 @@ enum Switch {
 #[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
     /// Temperature; 0 takes the most likely token [default: the file's, else 0.8]
-    #[arg(long = "temp", value_name = "T", env = "TANDEM_TEMP")]
+    #[arg(long = "temp", value_name = "T", env = "TANDEM_TEMP", allow_hyphen_values = true)]
     temperature: Option<f32>,
     /// Keep the K most likely tokens; 0: all [default: the file's, else 40]
     #[arg(long, value_name = "K", env = "TANDEM_TOP_K")]
     top_k: Option<usize>,
     /// Keep the most likely tokens whose probabilities sum to P [default: the file's, else 0.95]
-    #[arg(long, value_name = "P", env = "TANDEM_TOP_P")]
+    #[arg(long, value_name = "P", env = "TANDEM_TOP_P", allow_hyphen_values = true)]
     top_p: Option<f32>,
     /// Drop tokens less likely than P times the most likely [default: the file's, else 0.05]
-    #[arg(long, value_name = "P", env = "TANDEM_MIN_P")]
+    #[arg(long, value_name = "P", env = "TANDEM_MIN_P", allow_hyphen_values = true)]
     min_p: Option<f32>,
     /// Divide the logits of repeated tokens; 1: off
-    #[arg(long, value_name = "X", default_value_t = 1.0, env = "TANDEM_REPEAT_PENALTY")]
+    #[arg(long, value_name = "X", default_value_t = 1.0, env = "TANDEM_REPEAT_PENALTY", allow_hyphen_values = true)]
     repeat_penalty: f32,
     /// Subtract from the logits of tokens that occurred
     #[arg(long, value_name = "X", default_value_t = 0.0, env = "TANDEM_PRESENCE_PENALTY", allow_hyphen_values = true)]
