@@ -7,8 +7,8 @@ use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows};
 use tandem_spec::TensorType;
 use tandem_spec::testing::{Buffers, Rng, random_blocks};
 
-/// Larger than the last-level caches of the machines that we know.
-const COLD_BYTES: usize = 512 << 20;
+/// Several times the last-level caches of the machines that we know.
+const COLD_BYTES: usize = 1 << 30;
 
 /// Seconds of each of `n` runs of `work` by every thread of the pool, ascending.
 fn time(pool: &rayon::ThreadPool, n: usize, work: impl Fn(usize) + Sync) -> Vec<f64> {
@@ -28,13 +28,17 @@ fn part(len: usize, i: usize, n: usize) -> std::ops::Range<usize> {
     len * i / n..len * (i + 1) / n
 }
 
-/// Best GB/s of reading a buffer in contiguous parts.
+/// Best GB/s of reading a buffer in contiguous parts, in huge pages like packed weights.
 fn read_roof(pool: &rayon::ThreadPool, threads: usize) -> f64 {
-    let buffer = vec![1u64; COLD_BYTES / 8];
+    let mut buffer = memmap2::MmapMut::map_anon(COLD_BYTES).expect("memory");
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
+    buffer.fill(1);
     let seconds = time(pool, 9, |i| {
         let part = &buffer[part(buffer.len(), i, threads)];
-        let sums = part.chunks_exact(16).fold([0u64; 16], |mut sums, chunk| {
-            sums.iter_mut().zip(chunk).for_each(|(s, x)| *s = s.wrapping_add(*x));
+        let sums = part.as_chunks::<256>().0.iter().fold([0u64; 32], |mut sums, chunk| {
+            let words = chunk.as_chunks::<8>().0;
+            sums.iter_mut().zip(words).for_each(|(s, x)| *s ^= u64::from_ne_bytes(*x));
             sums
         });
         black_box(sums);
@@ -162,9 +166,9 @@ fn main() {
             let (best, median) = (rate(seconds[0]), rate(seconds[3]));
             print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
-            let (warm, _) = matrix(&pool, ty, 256 * threads, n_cols, isa);
+            let (warm, _) = matrix(&pool, ty, 1024 * threads, n_cols, isa);
             for n_rows in [2, 4, 8, 64, 512] {
-                let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 64 { 60 } else { 25 });
+                let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 512 { 40 } else { 11 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
                 print!(" {rate:6.1}");
                 if n_rows == 512 {

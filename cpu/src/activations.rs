@@ -26,8 +26,8 @@ pub(crate) struct Block {
     pub codes: [i8; BLOCK_LEN],
 }
 
-/// 256 activations: `x[i] = scale * codes[i]`. One scale for the columns of a K-quant block lets kernels add up its
-/// products in integers.
+/// What 256 activations have in common: `x[i] = scale * codes[i]`. One scale for the columns of a K-quant block lets
+/// kernels add up its products in integers.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct SuperBlock {
@@ -37,25 +37,34 @@ pub(crate) struct SuperBlock {
     pub sums_32: [i16; 8],
     /// Sums of 16 codes each.
     pub sums_16: [i16; 16],
-    /// Rounded to nearest, -127 to 127.
-    pub codes: [i8; SUPER_BLOCK_LEN],
 }
 
-// Kernels read four codes, or two sums, as one aligned 32-bit number.
-const _: () = assert!(size_of::<Block>() == 44 && size_of::<SuperBlock>() == 308);
+/// 32 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many rows of
+/// activations have for the same columns follow each other.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct Codes(pub [i8; BLOCK_LEN]);
 
-/// Rounds `x` to multiples of the scale returned. A NaN makes the scale NaN, an infinity makes products NaN.
+// Kernels read four codes, or two sums, as one aligned 32-bit number.
+const _: () = assert!(size_of::<Block>() == 44 && size_of::<SuperBlock>() == 52);
+
+/// Largest magnitude of `x`, and what to multiply `x` with to get codes. A NaN makes the magnitude NaN.
 #[inline(always)]
-fn round<const N: usize>(x: &[f32; N], codes: &mut [i8; N]) -> f32 {
+fn magnitude(x: &[f32]) -> (f32, f32) {
     // Magnitudes order like their bits, and NaN comes last.
     let max = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() as i32 & i32::MAX)) as u32);
-    let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+    (max, if max > 0.0 { 127.0 / max } else { 0.0 })
+}
+
+#[inline(always)]
+fn round(x: &[f32; BLOCK_LEN], inverse: f32) -> [i8; BLOCK_LEN] {
     // 1.5 * 2^23: adding it leaves the nearest integer (ties to even) in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
+    let mut codes = [0; BLOCK_LEN];
     for (code, v) in codes.iter_mut().zip(x) {
         *code = (v * inverse + ROUND).to_bits() as i8;
     }
-    max / 127.0
+    codes
 }
 
 #[inline(always)]
@@ -67,50 +76,74 @@ impl Block {
     const ZERO: Self = Self { scale: 0.0, sum: 0.0, code_sum: 0, codes: [0; BLOCK_LEN] };
 
     #[inline(always)]
-    fn set(&mut self, x: &[f32; BLOCK_LEN]) {
-        self.scale = round(x, &mut self.codes);
-        self.code_sum = i32::from(sum(&self.codes));
-        self.sum = self.scale * self.code_sum as f32;
+    fn new(x: &[f32; BLOCK_LEN]) -> Self {
+        let (max, inverse) = magnitude(x);
+        let (scale, codes) = (max / 127.0, round(x, inverse));
+        let code_sum = i32::from(sum(&codes));
+        Self { scale, sum: scale * code_sum as f32, code_sum, codes }
     }
 }
 
 impl SuperBlock {
-    const ZERO: Self = Self { scale: 0.0, sums_32: [0; 8], sums_16: [0; 16], codes: [0; SUPER_BLOCK_LEN] };
+    const ZERO: Self = Self { scale: 0.0, sums_32: [0; 8], sums_16: [0; 16] };
+}
 
-    #[inline(always)]
-    fn set(&mut self, x: &[f32; SUPER_BLOCK_LEN]) {
-        self.scale = round(x, &mut self.codes);
-        for (sum_16, codes) in self.sums_16.iter_mut().zip(self.codes.as_chunks::<16>().0) {
-            *sum_16 = sum(codes);
-        }
-        for (sum_32, halves) in self.sums_32.iter_mut().zip(self.sums_16.as_chunks::<2>().0) {
-            *sum_32 = halves[0] + halves[1];
-        }
+/// Rounds the blocks of `x`, `stride` blocks apart in `blocks`.
+///
+/// # Safety
+/// Nobody else touches these blocks now.
+#[inline(always)]
+unsafe fn round_32(x: &[f32], blocks: &[UnsafeCell<Block>], stride: usize) {
+    for (x, cell) in x.as_chunks::<BLOCK_LEN>().0.iter().zip(blocks.iter().step_by(stride)) {
+        // SAFETY: as the caller promises.
+        unsafe { *cell.get() = Block::new(x) };
     }
 }
 
-/// Rounds consecutive blocks of one row, `stride` blocks apart.
-macro_rules! round_blocks {
-    ($name:ident, $name_avx2:ident, $block:ty, $len:expr) => {
-        #[inline(always)]
-        unsafe fn $name(blocks: &[UnsafeCell<$block>], stride: usize, x: &[f32]) {
-            for (cell, x) in blocks.iter().step_by(stride).zip(x.as_chunks::<{ $len }>().0) {
-                // SAFETY: the caller promises that nobody else touches these blocks now.
-                unsafe { (*cell.get()).set(x) };
-            }
-        }
-
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma")]
-        unsafe fn $name_avx2(blocks: &[UnsafeCell<$block>], stride: usize, x: &[f32]) {
+/// Rounds the super-blocks of `x`, `stride` blocks apart in `blocks`, and their codes, `stride` apart in `codes`.
+///
+/// # Safety
+/// Nobody else touches these blocks and codes now.
+#[inline(always)]
+unsafe fn round_256(x: &[f32], blocks: &[UnsafeCell<SuperBlock>], codes: &[UnsafeCell<Codes>], stride: usize) {
+    let mut codes = codes.iter().step_by(stride);
+    for (x, cell) in x.as_chunks::<SUPER_BLOCK_LEN>().0.iter().zip(blocks.iter().step_by(stride)) {
+        let (max, inverse) = magnitude(x);
+        let mut block = SuperBlock { scale: max / 127.0, ..SuperBlock::ZERO };
+        for (k, (x, cell)) in x.as_chunks::<BLOCK_LEN>().0.iter().zip(&mut codes).enumerate() {
+            let codes = round(x, inverse);
+            let halves = [sum(&codes[..16]), sum(&codes[16..])];
+            block.sums_16[2 * k..2 * k + 2].copy_from_slice(&halves);
+            block.sums_32[k] = halves[0] + halves[1];
             // SAFETY: as the caller promises.
-            unsafe { $name(blocks, stride, x) }
+            unsafe { *cell.get() = Codes(codes) };
         }
-    };
+        // SAFETY: as the caller promises.
+        unsafe { *cell.get() = block };
+    }
 }
 
-round_blocks!(round_32, round_32_avx2, Block, BLOCK_LEN);
-round_blocks!(round_256, round_256_avx2, SuperBlock, SUPER_BLOCK_LEN);
+/// [`round_32`] with wider vectors.
+///
+/// # Safety
+/// As there.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn round_32_avx2(x: &[f32], blocks: &[UnsafeCell<Block>], stride: usize) {
+    // SAFETY: as the caller promises.
+    unsafe { round_32(x, blocks, stride) }
+}
+
+/// [`round_256`] with wider vectors.
+///
+/// # Safety
+/// As there.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn round_256_avx2(x: &[f32], blocks: &[UnsafeCell<SuperBlock>], codes: &[UnsafeCell<Codes>], stride: usize) {
+    // SAFETY: as the caller promises.
+    unsafe { round_256(x, blocks, codes, stride) }
+}
 
 /// Which forms of the activations the matrices of a use read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -154,6 +187,7 @@ pub struct ActivationBuffer {
     floats: Box<[UnsafeCell<f32>]>,
     blocks: Box<[UnsafeCell<Block>]>,
     super_blocks: Box<[UnsafeCell<SuperBlock>]>,
+    super_codes: Box<[UnsafeCell<Codes>]>,
 }
 
 // SAFETY: writes go through `Activations::write`, whose contract makes concurrent parts disjoint.
@@ -174,6 +208,7 @@ impl ActivationBuffer {
             floats: cells(n(forms.floats, 1), 0.0)?,
             blocks: cells(n(forms.codes_32, BLOCK_LEN), Block::ZERO)?,
             super_blocks: cells(n(forms.codes_256, SUPER_BLOCK_LEN), SuperBlock::ZERO)?,
+            super_codes: cells(n(forms.codes_256, BLOCK_LEN), Codes([0; BLOCK_LEN]))?,
         })
     }
 
@@ -182,6 +217,7 @@ impl ActivationBuffer {
         usize::from(forms.floats) * max_elements * size_of::<f32>()
             + usize::from(forms.codes_32) * (max_elements / BLOCK_LEN) * size_of::<Block>()
             + usize::from(forms.codes_256) * (max_elements / SUPER_BLOCK_LEN) * size_of::<SuperBlock>()
+            + usize::from(forms.codes_256) * (max_elements / BLOCK_LEN) * size_of::<Codes>()
     }
 
     /// Rows `[n_rows, n_cols]` in `forms`, in the memory from element `start` on; `start` and `n_cols` are multiples of
@@ -197,6 +233,7 @@ impl ActivationBuffer {
             floats: part(&self.floats, forms.floats, 1, start, n_rows * n_cols),
             blocks: part(&self.blocks, forms.codes_32, BLOCK_LEN, start, n_rows * n_cols),
             super_blocks: part(&self.super_blocks, forms.codes_256, SUPER_BLOCK_LEN, start, n_rows * n_cols),
+            super_codes: part(&self.super_codes, forms.codes_256, BLOCK_LEN, start, n_rows * n_cols),
         }
     }
 }
@@ -224,6 +261,8 @@ pub struct Activations<'a> {
     blocks: &'a [UnsafeCell<Block>],
     /// `[n_cols / 256, n_rows]`, or empty.
     super_blocks: &'a [UnsafeCell<SuperBlock>],
+    /// `[n_cols / 32, n_rows]`, or empty.
+    super_codes: &'a [UnsafeCell<Codes>],
 }
 
 // SAFETY: as for the buffer.
@@ -273,19 +312,20 @@ impl Activations<'_> {
             match avx2 {
                 // SAFETY: the processor has the features; nobody else touches these blocks now.
                 #[cfg(target_arch = "x86_64")]
-                true => unsafe { round_32_avx2(blocks, self.n_rows, values) },
+                true => unsafe { round_32_avx2(values, blocks, self.n_rows) },
                 // SAFETY: nobody else touches these blocks now.
-                _ => unsafe { round_32(blocks, self.n_rows, values) },
+                _ => unsafe { round_32(values, blocks, self.n_rows) },
             }
         }
         if self.forms.codes_256 {
             let blocks = &self.super_blocks[col / SUPER_BLOCK_LEN * self.n_rows + row..];
+            let codes = &self.super_codes[col / BLOCK_LEN * self.n_rows + row..];
             match avx2 {
                 // SAFETY: the processor has the features; nobody else touches these blocks now.
                 #[cfg(target_arch = "x86_64")]
-                true => unsafe { round_256_avx2(blocks, self.n_rows, values) },
+                true => unsafe { round_256_avx2(values, blocks, codes, self.n_rows) },
                 // SAFETY: nobody else touches these blocks now.
-                _ => unsafe { round_256(blocks, self.n_rows, values) },
+                _ => unsafe { round_256(values, blocks, codes, self.n_rows) },
             }
         }
     }
@@ -306,5 +346,11 @@ impl Activations<'_> {
     pub(crate) fn super_blocks(&self) -> *const SuperBlock {
         assert!(self.forms.codes_256, "these activations were made without blocks of 256");
         self.super_blocks.as_ptr().cast()
+    }
+
+    /// First of the codes `[n_cols / 32, n_rows]` of the blocks of 256.
+    pub(crate) fn super_codes(&self) -> *const Codes {
+        assert!(self.forms.codes_256, "these activations were made without blocks of 256");
+        self.super_codes.as_ptr().cast()
     }
 }

@@ -7,15 +7,26 @@ use super::simd::{MAX_LANES, Simd, portable::Portable};
 use super::simd::{avx2::Avx2, avx512::Avx512};
 use super::{Matrix, OutRows};
 use crate::Isa;
-use crate::activations::{Activations, BLOCK_LEN, Block, SUPER_BLOCK_LEN, SuperBlock};
+use crate::activations::{Activations, BLOCK_LEN, Block, Codes, SUPER_BLOCK_LEN, SuperBlock};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use tandem_spec::TensorType;
 
+/// Pointers to `T` elements.
+#[inline(always)]
+unsafe fn consecutive<X, const T: usize>(first: *const X) -> [*const X; T] {
+    let mut pointers = [first; T];
+    for t in 0..T {
+        // SAFETY: the caller has `T` elements.
+        pointers[t] = unsafe { first.add(t) };
+    }
+    pointers
+}
+
 /// 32 columns of a panel whose scales belong to these columns alone.
 pub(super) trait Tile<S: Simd> {
-    /// `acc + self . x` for each row of the panel.
-    unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F;
+    /// Adds `self . x[t]` for each row of the panel to `acc[t]`; `x` `[T]`.
+    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]);
 }
 
 /// `weight = scale * code + offset` with unsigned codes of at most `BITS` <= 6 bits.
@@ -28,11 +39,15 @@ pub(super) struct Affine<S: Simd, const BITS: u32> {
 
 impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
     #[inline(always)]
-    unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F {
-        // SAFETY: the caller has the instruction set and a valid block.
+    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]) {
+        // SAFETY: the caller has the instruction set and valid blocks.
         unsafe {
-            let acc = S::fma(self.offset, S::splat((*x).sum), acc);
-            S::fma(S::dot(BITS, &self.w, x), S::mul(self.scale, S::splat((*x).scale)), acc)
+            let dots = S::dot(BITS, &self.w, consecutive::<_, T>(x));
+            for t in 0..T {
+                let x = x.add(t);
+                let sum = S::fma(self.offset, S::splat((*x).sum), acc[t]);
+                acc[t] = S::fma(dots[t], S::mul(self.scale, S::splat((*x).scale)), sum);
+            }
         }
     }
 }
@@ -54,9 +69,14 @@ impl<S: Simd> Signed<S> {
 
 impl<S: Simd> Tile<S> for Signed<S> {
     #[inline(always)]
-    unsafe fn apply(&self, x: *const Block, acc: S::F) -> S::F {
-        // SAFETY: the caller has the instruction set and a valid block.
-        unsafe { S::fma(S::dot_signed(&self.w, x), S::mul(self.scale, S::splat((*x).scale)), acc) }
+    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]) {
+        // SAFETY: the caller has the instruction set and valid blocks.
+        unsafe {
+            let dots = S::dot_signed(&self.w, consecutive::<_, T>(x));
+            for t in 0..T {
+                acc[t] = S::fma(dots[t], S::mul(self.scale, S::splat((*x.add(t)).scale)), acc[t]);
+            }
+        }
     }
 }
 
@@ -120,11 +140,27 @@ pub(super) trait Float {
 /// Rows of activations that share decoded weights; their sums (`2 * TOKENS * LANES` f32) stay in the first-level cache.
 const TOKENS: usize = 32;
 
+/// Rows of activations that take turns: what hides the latency of dependent additions.
+const TOGETHER: usize = 4;
+
+/// Asks for the bytes that lie some way behind the `n` bytes of a tile at `p`.
+#[inline(always)]
+unsafe fn prefetch<S: Simd>(p: *const u8, n: usize) {
+    for at in (0..n).step_by(64) {
+        // SAFETY: the address need not be valid.
+        unsafe { S::prefetch(p.wrapping_add(PREFETCH + at)) };
+    }
+}
+
+/// How far ahead, in bytes. One core of a Sapphire Rapids reads 13.9 GB/s of Q4_K with 3072, 11.7 with 1536, 8.7 with 0.
+const PREFETCH: usize = 3072;
+
 /// Multiplies panels of a type with scales of its own for every 32 columns.
 #[inline(always)]
 unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / (Q::TILES * BLOCK_LEN);
     let (block_bytes, n_tokens, x) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.blocks());
+    let tile_bytes = block_bytes / Q::TILES;
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
@@ -134,21 +170,30 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
             unsafe {
                 let mut x = x.add(first);
                 if n == 1 {
-                    let mut acc = S::zero();
+                    let mut acc = [S::zero()];
                     for block in blocks {
                         for k in 0..Q::TILES {
-                            acc = Q::tile::<S>(block.as_ptr(), k).apply(x, acc);
+                            prefetch::<S>(block.as_ptr().wrapping_add(k * tile_bytes), tile_bytes);
+                            Q::tile::<S>(block.as_ptr(), k).apply(x, &mut acc);
                             x = x.add(n_tokens);
                         }
                     }
-                    store::<S>(out, first, panel, m.n_rows, acc);
+                    store::<S>(out, first, panel, m.n_rows, acc[0]);
                 } else {
                     let mut acc = [S::zero(); TOKENS];
                     for block in blocks {
                         for k in 0..Q::TILES {
+                            prefetch::<S>(block.as_ptr().wrapping_add(k * tile_bytes), tile_bytes);
                             let tile = Q::tile::<S>(block.as_ptr(), k);
-                            for (t, acc) in acc[..n].iter_mut().enumerate() {
-                                *acc = tile.apply(x.add(t), *acc);
+                            let (groups, rest) = acc[..n].as_chunks_mut::<TOGETHER>();
+                            let mut x_group = x;
+                            for acc in groups {
+                                tile.apply(x_group, acc);
+                                x_group = x_group.add(TOGETHER);
+                            }
+                            for acc in rest.as_chunks_mut::<1>().0 {
+                                tile.apply(x_group, acc);
+                                x_group = x_group.add(1);
                             }
                             x = x.add(n_tokens);
                         }
@@ -166,25 +211,28 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
 #[inline(always)]
 unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / SUPER_BLOCK_LEN;
-    let (block_bytes, n_tokens, x) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.super_blocks());
+    let (block_bytes, n_tokens) = (Q::BLOCK_BYTES * S::LANES, x.n_rows());
+    let (x, codes, tile_bytes) = (x.super_blocks(), x.super_codes(), block_bytes / 8);
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
             let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
-            // SAFETY: `x` walks the blocks `[n_cols / 256, n_tokens]` of the activations, whose columns `mul` compared; the
-            // caller has the instruction set.
+            // SAFETY: `x` walks the blocks `[n_cols / 256, n_tokens]` of the activations, `codes` their codes
+            // `[n_cols / 32, n_tokens]`; `mul` compared the columns. The caller has the instruction set.
             unsafe {
-                let mut x = x.add(first);
+                let (mut x, mut codes) = (x.add(first), codes.add(first));
                 if n == 1 {
                     let mut acc = S::zero();
                     for block in blocks {
                         let p = block.as_ptr();
                         let scales = Q::scales::<S>(p);
-                        let mut sum = S::no_sum();
+                        let mut sum = [S::no_sum()];
                         for k in 0..8 {
-                            sum = dot_tile::<S, Q>(&Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k), x, k, sum);
+                            prefetch::<S>(p.wrapping_add(k * tile_bytes), tile_bytes);
+                            dot_tile::<S, Q, 1>(&Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k), codes, &mut sum);
+                            codes = codes.add(n_tokens);
                         }
-                        acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum, acc);
+                        acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum[0], acc);
                         x = x.add(n_tokens);
                     }
                     store::<S>(out, first, panel, m.n_rows, acc);
@@ -195,14 +243,23 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                         let scales = Q::scales::<S>(p);
                         let mut sums = [S::no_sum(); TOKENS];
                         for k in 0..8 {
+                            prefetch::<S>(p.wrapping_add(k * tile_bytes), tile_bytes);
                             let (w, scales) = (Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k));
-                            for (t, sum) in sums[..n].iter_mut().enumerate() {
-                                *sum = dot_tile::<S, Q>(&w, scales, x.add(t), k, *sum);
+                            let (groups, rest) = sums[..n].as_chunks_mut::<TOGETHER>();
+                            let mut x_group = codes;
+                            for sums in groups {
+                                dot_tile::<S, Q, TOGETHER>(&w, scales, x_group, sums);
+                                x_group = x_group.add(TOGETHER);
                             }
+                            for sum in rest.as_chunks_mut::<1>().0 {
+                                dot_tile::<S, Q, 1>(&w, scales, x_group, sum);
+                                x_group = x_group.add(1);
+                            }
+                            codes = codes.add(n_tokens);
                         }
                         let pairs = pairs::<S, Q>(&scales);
-                        for (t, (acc, sum)) in acc[..n].iter_mut().zip(sums).enumerate() {
-                            *acc = finish::<S, Q>(&scales, &pairs, x.add(t), sum, *acc);
+                        for (t, (acc, sum)) in acc[..n].iter_mut().zip(&sums).enumerate() {
+                            *acc = finish::<S, Q>(&scales, &pairs, x.add(t), *sum, *acc);
                         }
                         x = x.add(n_tokens);
                     }
@@ -230,22 +287,21 @@ unsafe fn tile_scales<S: Simd, Q: SuperQuant>(scales: &Scales<S>, k: usize) -> [
     }
 }
 
-/// `sum + scale * code . x` over tile `k`.
+/// Adds `scale * code . x[t]` over a tile to `sums[t]`; `x` `[T]`.
 #[inline(always)]
-unsafe fn dot_tile<S: Simd, Q: SuperQuant>(
+unsafe fn dot_tile<S: Simd, Q: SuperQuant, const T: usize>(
     w: &[S::V; 8],
     scales: [S::Scale; 2],
-    x: *const SuperBlock,
-    k: usize,
-    sum: S::Sum,
-) -> S::Sum {
-    // SAFETY: the caller has the instruction set and a valid block; `k` is below 8.
+    x: *const Codes,
+    sums: &mut [S::Sum; T],
+) {
+    // SAFETY: the caller has the instruction set and valid codes.
     unsafe {
-        let x = (&raw const (*x).codes).cast::<i8>().add(k * BLOCK_LEN);
+        let x = consecutive::<_, T>(x).map(|x| x.cast());
         if Q::HALVES {
-            S::dot_scaled_halves(Q::BITS, w, scales, x, sum)
+            S::dot_scaled_halves(Q::BITS, w, scales, x, sums);
         } else {
-            S::dot_scaled(Q::BITS, w, scales[0], x, sum)
+            S::dot_scaled(Q::BITS, w, scales[0], x, sums);
         }
     }
 }

@@ -76,29 +76,37 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
-    /// `sum_i w[i] * x.codes[i]` of unsigned codes of at most `bits` <= 6 bits.
-    unsafe fn dot(bits: u32, w: &[Self::V; 8], x: *const Block) -> Self::F;
+    /// `sum_i w[i] * x[t].codes[i]` of unsigned codes of at most `bits` <= 6 bits.
+    unsafe fn dot<const T: usize>(bits: u32, w: &[Self::V; 8], x: [*const Block; T]) -> [Self::F; T];
     /// Prepares signed codes.
     unsafe fn signed(w: &[Self::V; 8]) -> Self::Signed;
-    /// `sum_i w[i] * x.codes[i]` of signed codes.
-    unsafe fn dot_signed(w: &Self::Signed, x: *const Block) -> Self::F;
+    /// `sum_i w[i] * x[t].codes[i]` of signed codes.
+    unsafe fn dot_signed<const T: usize>(w: &Self::Signed, x: [*const Block; T]) -> [Self::F; T];
 
     /// Loads scales `[LANES]` i8.
     unsafe fn scale(p: *const i8) -> Self::Scale;
     unsafe fn no_sum() -> Self::Sum;
     unsafe fn sum_to_f32(sum: Self::Sum) -> Self::F;
-    /// `sum + scale * sum_{i < 32} w[i] * x[i]` of unsigned codes of at most `bits` <= 6 bits.
-    unsafe fn dot_scaled(bits: u32, w: &[Self::V; 8], scale: Self::Scale, x: *const i8, sum: Self::Sum) -> Self::Sum;
+    /// Adds `scale * sum_{i < 32} w[i] * x[t][i]` of unsigned codes of at most `bits` <= 6 bits to `sums[t]`.
+    unsafe fn dot_scaled<const T: usize>(
+        bits: u32,
+        w: &[Self::V; 8],
+        scale: Self::Scale,
+        x: [*const i8; T],
+        sums: &mut [Self::Sum; T],
+    );
     /// The same with a scale for each half of the columns.
-    unsafe fn dot_scaled_halves(
+    unsafe fn dot_scaled_halves<const T: usize>(
         bits: u32,
         w: &[Self::V; 8],
         scales: [Self::Scale; 2],
-        x: *const i8,
-        sum: Self::Sum,
-    ) -> Self::Sum;
+        x: [*const i8; T],
+        sums: &mut [Self::Sum; T],
+    );
     /// 16-bit pairs `[LANES, 2]` of the i8 `[LANES]` at `p` and the next `LANES`.
     unsafe fn pairs(p: *const i8) -> Self::V;
     /// `sum_i pairs[i / 2][i % 2] * x[i]` over 16-bit numbers `[2 * pairs.len()]`.
     unsafe fn dot_pairs(pairs: &[Self::V], x: *const i16) -> Self::F;
+    /// Asks for the cache line at `p`, which need not be valid.
+    unsafe fn prefetch(p: *const u8);
 }

@@ -218,11 +218,15 @@ impl Simd for Avx2 {
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot(bits: u32, w: &[__m256i; 8], x: *const Block) -> __m256 {
+    unsafe fn dot<const T: usize>(bits: u32, w: &[__m256i; 8], x: [*const Block; T]) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let x = (&raw const (*x).codes).cast();
-            _mm256_cvtepi32_ps(dot32(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()))
+            let mut dots = [_mm256_setzero_ps(); T];
+            for t in 0..T {
+                let x = (&raw const (*x[t]).codes).cast();
+                dots[t] = _mm256_cvtepi32_ps(dot32(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()));
+            }
+            dots
         }
     }
     #[inline(always)]
@@ -243,16 +247,20 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_signed(w: &Signed, x: *const Block) -> __m256 {
+    unsafe fn dot_signed<const T: usize>(w: &Signed, x: [*const Block; T]) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let x = (&raw const (*x).codes).cast();
-            let mut sum = w.correction;
-            for g in 0..8 {
-                let products = _mm256_maddubs_epi16(w.magnitudes[g], _mm256_xor_si256(codes(x, g), w.signs[g]));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+            let mut dots = [_mm256_setzero_ps(); T];
+            for t in 0..T {
+                let x = (&raw const (*x[t]).codes).cast();
+                let mut sum = w.correction;
+                for g in 0..8 {
+                    let products = _mm256_maddubs_epi16(w.magnitudes[g], _mm256_xor_si256(codes(x, g), w.signs[g]));
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+                }
+                dots[t] = _mm256_cvtepi32_ps(sum);
             }
-            _mm256_cvtepi32_ps(sum)
+            dots
         }
     }
     #[inline(always)]
@@ -274,20 +282,33 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(sum) }
     }
     #[inline(always)]
-    unsafe fn dot_scaled(bits: u32, w: &[__m256i; 8], scale: __m256i, x: *const i8, sum: __m256i) -> __m256i {
-        // SAFETY: as the trait asks.
-        unsafe { dot32(bits, w, scale, x, 0..8, sum) }
+    unsafe fn dot_scaled<const T: usize>(
+        bits: u32,
+        w: &[__m256i; 8],
+        scale: __m256i,
+        x: [*const i8; T],
+        sums: &mut [__m256i; T],
+    ) {
+        for t in 0..T {
+            // SAFETY: as the trait asks.
+            unsafe { sums[t] = dot32(bits, w, scale, x[t], 0..8, sums[t]) };
+        }
     }
     #[inline(always)]
-    unsafe fn dot_scaled_halves(
+    unsafe fn dot_scaled_halves<const T: usize>(
         bits: u32,
         w: &[__m256i; 8],
         scales: [__m256i; 2],
-        x: *const i8,
-        sum: __m256i,
-    ) -> __m256i {
-        // SAFETY: as the trait asks.
-        unsafe { dot32(bits, w, scales[1], x, 4..8, dot32(bits, w, scales[0], x, 0..4, sum)) }
+        x: [*const i8; T],
+        sums: &mut [__m256i; T],
+    ) {
+        for t in 0..T {
+            // SAFETY: as the trait asks.
+            unsafe {
+                let sum = dot32(bits, w, scales[0], x[t], 0..4, sums[t]);
+                sums[t] = dot32(bits, w, scales[1], x[t], 4..8, sum);
+            }
+        }
     }
     #[inline(always)]
     unsafe fn pairs(p: *const i8) -> __m256i {
@@ -308,5 +329,9 @@ impl Simd for Avx2 {
             }
             _mm256_cvtepi32_ps(sum)
         }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {
+        // The hardware's prefetch reaches the memory roof; asking as well cost 10 % on Zen 3.
     }
 }

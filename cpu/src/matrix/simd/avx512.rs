@@ -4,20 +4,48 @@
 use super::Simd;
 use crate::activations::Block;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Sixteen rows in 512-bit registers.
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx512;
 
-/// `sum +` products of `n` groups of four columns from group `g`.
+/// Adds products of groups `range` of four columns to `sums`. Rows of activations take turns, so that `T` chains of additions
+/// hide each other's latency.
 #[inline(always)]
-unsafe fn dot(w: &[__m512i; 8], x: *const i8, g: usize, n: usize, mut sum: __m512i) -> __m512i {
-    // SAFETY: the caller has AVX-512 and 32 codes; `g + n` is at most 8.
+unsafe fn dot<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], range: Range<usize>, sums: &mut [__m512i; T]) {
+    // SAFETY: the caller has AVX-512 and 32 codes at each pointer; `range` ends at 8 at most.
     unsafe {
-        for g in g..g + n {
-            sum = _mm512_dpbusd_epi32(sum, w[g], _mm512_set1_epi32(x.cast::<i32>().add(g).read_unaligned()));
+        for g in range {
+            for t in 0..T {
+                let x = _mm512_set1_epi32(x[t].cast::<i32>().add(g).read_unaligned());
+                sums[t] = _mm512_dpbusd_epi32(sums[t], w[g], x);
+            }
         }
-        sum
+    }
+}
+
+/// The codes of blocks.
+#[inline(always)]
+unsafe fn codes<const T: usize>(x: [*const Block; T]) -> [*const i8; T] {
+    let mut codes = [std::ptr::null(); T];
+    for t in 0..T {
+        // SAFETY: the caller's blocks are valid.
+        codes[t] = unsafe { (&raw const (*x[t]).codes).cast() };
+    }
+    codes
+}
+
+/// Sums to f32.
+#[inline(always)]
+unsafe fn to_f32<const T: usize>(sums: [__m512i; T]) -> [__m512; T] {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let mut floats = [_mm512_setzero_ps(); T];
+        for t in 0..T {
+            floats[t] = _mm512_cvtepi32_ps(sums[t]);
+        }
+        floats
     }
 }
 
@@ -169,9 +197,13 @@ impl Simd for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot(_: u32, w: &[__m512i; 8], x: *const Block) -> __m512 {
+    unsafe fn dot<const T: usize>(_: u32, w: &[__m512i; 8], x: [*const Block; T]) -> [__m512; T] {
         // SAFETY: as the trait asks.
-        unsafe { _mm512_cvtepi32_ps(dot(w, (&raw const (*x).codes).cast(), 0, 8, _mm512_setzero_si512())) }
+        unsafe {
+            let mut sums = [_mm512_setzero_si512(); T];
+            dot(w, codes(x), 0..8, &mut sums);
+            to_f32(sums)
+        }
     }
     #[inline(always)]
     unsafe fn signed(w: &[__m512i; 8]) -> [__m512i; 8] {
@@ -185,12 +217,16 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_signed(w: &[__m512i; 8], x: *const Block) -> __m512 {
+    unsafe fn dot_signed<const T: usize>(w: &[__m512i; 8], x: [*const Block; T]) -> [__m512; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            // The sum of 32 codes fits the low 16 bits of its lane; the high ones are multiplied by 0.
-            let start = _mm512_madd_epi16(_mm512_set1_epi32(0xff80), _mm512_set1_epi32((*x).code_sum));
-            _mm512_cvtepi32_ps(dot(w, (&raw const (*x).codes).cast(), 0, 8, start))
+            let mut sums = [_mm512_setzero_si512(); T];
+            for t in 0..T {
+                // The sum of 32 codes fits the low 16 bits of its lane; the high ones are multiplied by 0.
+                sums[t] = _mm512_madd_epi16(_mm512_set1_epi32(0xff80), _mm512_set1_epi32((*x[t]).code_sum));
+            }
+            dot(w, codes(x), 0..8, &mut sums);
+            to_f32(sums)
         }
     }
     #[inline(always)]
@@ -208,17 +244,39 @@ impl Simd for Avx512 {
         sum
     }
     #[inline(always)]
-    unsafe fn dot_scaled(_: u32, w: &[__m512i; 8], scale: __m512, x: *const i8, sum: __m512) -> __m512 {
-        // SAFETY: as the trait asks.
-        unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(w, x, 0, 8, _mm512_setzero_si512())), scale, sum) }
-    }
-    #[inline(always)]
-    unsafe fn dot_scaled_halves(_: u32, w: &[__m512i; 8], scales: [__m512; 2], x: *const i8, sum: __m512) -> __m512 {
+    unsafe fn dot_scaled<const T: usize>(
+        _: u32,
+        w: &[__m512i; 8],
+        scale: __m512,
+        x: [*const i8; T],
+        sums: &mut [__m512; T],
+    ) {
         // SAFETY: as the trait asks.
         unsafe {
-            let zero = _mm512_setzero_si512();
-            let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(w, x, 0, 4, zero)), scales[0], sum);
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot(w, x, 4, 4, zero)), scales[1], sum)
+            let mut dots = [_mm512_setzero_si512(); T];
+            dot(w, x, 0..8, &mut dots);
+            for (sum, dot) in sums.iter_mut().zip(to_f32(dots)) {
+                *sum = _mm512_fmadd_ps(dot, scale, *sum);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_scaled_halves<const T: usize>(
+        _: u32,
+        w: &[__m512i; 8],
+        scales: [__m512; 2],
+        x: [*const i8; T],
+        sums: &mut [__m512; T],
+    ) {
+        // SAFETY: as the trait asks.
+        unsafe {
+            for half in 0..2 {
+                let mut dots = [_mm512_setzero_si512(); T];
+                dot(w, x, 4 * half..4 * half + 4, &mut dots);
+                for (sum, dot) in sums.iter_mut().zip(to_f32(dots)) {
+                    *sum = _mm512_fmadd_ps(dot, scales[half], *sum);
+                }
+            }
         }
     }
     #[inline(always)]
@@ -241,5 +299,10 @@ impl Simd for Avx512 {
             }
             _mm512_cvtepi32_ps(sum)
         }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch of an invalid address does nothing.
+        unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
     }
 }

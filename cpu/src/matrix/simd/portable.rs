@@ -168,20 +168,18 @@ impl Simd for Portable {
         from_fn(|r| a[r] * b[r] + c[r])
     }
     #[inline(always)]
-    unsafe fn dot(_: u32, w: &[V; 8], x: *const Block) -> F {
-        // SAFETY: the caller's block is valid.
-        let x = unsafe { &*x };
-        dot_groups::<false>(w, &x.codes).map(|s| s as f32)
+    unsafe fn dot<const T: usize>(_: u32, w: &[V; 8], x: [*const Block; T]) -> [F; T] {
+        // SAFETY: the caller's blocks are valid.
+        x.map(|x| dot_groups::<false>(w, unsafe { &(*x).codes }).map(|s| s as f32))
     }
     #[inline(always)]
     unsafe fn signed(w: &[V; 8]) -> [V; 8] {
         *w
     }
     #[inline(always)]
-    unsafe fn dot_signed(w: &[V; 8], x: *const Block) -> F {
-        // SAFETY: the caller's block is valid.
-        let x = unsafe { &*x };
-        dot_groups::<true>(w, &x.codes).map(|s| s as f32)
+    unsafe fn dot_signed<const T: usize>(w: &[V; 8], x: [*const Block; T]) -> [F; T] {
+        // SAFETY: the caller's blocks are valid.
+        x.map(|x| dot_groups::<true>(w, unsafe { &(*x).codes }).map(|s| s as f32))
     }
     #[inline(always)]
     unsafe fn scale(p: *const i8) -> [i32; 8] {
@@ -197,18 +195,33 @@ impl Simd for Portable {
         sum.map(|s| s as f32)
     }
     #[inline(always)]
-    unsafe fn dot_scaled(_: u32, w: &[V; 8], scale: [i32; 8], x: *const i8, sum: [i32; 8]) -> [i32; 8] {
-        // SAFETY: the caller's pointer is valid for 32 bytes.
-        let x = unsafe { &*x.cast::<[i8; 32]>() };
-        let dot = dot_groups::<false>(w, x);
-        from_fn(|r| sum[r] + scale[r] * dot[r])
+    unsafe fn dot_scaled<const T: usize>(
+        _: u32,
+        w: &[V; 8],
+        scale: [i32; 8],
+        x: [*const i8; T],
+        sums: &mut [[i32; 8]; T],
+    ) {
+        for (x, sum) in x.into_iter().zip(sums) {
+            // SAFETY: the caller's pointers are valid for 32 bytes.
+            let dot = dot_groups::<false>(w, unsafe { &*x.cast::<[i8; 32]>() });
+            *sum = from_fn(|r| sum[r] + scale[r] * dot[r]);
+        }
     }
     #[inline(always)]
-    unsafe fn dot_scaled_halves(_: u32, w: &[V; 8], scales: [[i32; 8]; 2], x: *const i8, sum: [i32; 8]) -> [i32; 8] {
-        // SAFETY: the caller's pointer is valid for 32 bytes.
-        let x = unsafe { &*x.cast::<[i8; 32]>() };
-        let (a, b) = (dot_groups::<false>(&w[..4], &x[..16]), dot_groups::<false>(&w[4..], &x[16..]));
-        from_fn(|r| sum[r] + scales[0][r] * a[r] + scales[1][r] * b[r])
+    unsafe fn dot_scaled_halves<const T: usize>(
+        _: u32,
+        w: &[V; 8],
+        scales: [[i32; 8]; 2],
+        x: [*const i8; T],
+        sums: &mut [[i32; 8]; T],
+    ) {
+        for (x, sum) in x.into_iter().zip(sums) {
+            // SAFETY: the caller's pointers are valid for 32 bytes.
+            let x = unsafe { &*x.cast::<[i8; 32]>() };
+            let (a, b) = (dot_groups::<false>(&w[..4], &x[..16]), dot_groups::<false>(&w[4..], &x[16..]));
+            *sum = from_fn(|r| sum[r] + scales[0][r] * a[r] + scales[1][r] * b[r]);
+        }
     }
     #[inline(always)]
     unsafe fn pairs(p: *const i8) -> V {
@@ -228,4 +241,6 @@ impl Simd for Portable {
         }
         sums.map(|s| s as f32)
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
