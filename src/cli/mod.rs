@@ -2,6 +2,7 @@
 //! Errors are printed once, here: one line, exit code 2 for usage and 1 for every other.
 
 mod bench;
+mod chat;
 mod generate;
 pub mod inspect;
 mod load;

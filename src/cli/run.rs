@@ -1,6 +1,7 @@
 //! `tandem run`: one answer to a prompt, or a chat on a terminal. The text goes to standard output, everything
 //! else to standard error.
 
+use super::chat;
 use super::generate::{self, Generated, Limits};
 use super::load::{self, EngineArgs, Loaded, Opened};
 use super::usage;
@@ -324,7 +325,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let mut speaker = Speaker::new(&args, &opened, &loaded)?;
     catch_ctrl_c()?;
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
-    let Some(prompt) = prompt else { todo!() };
+    let Some(prompt) = prompt else {
+        return chat::chat(messages, &|| INTERRUPTED.load(Ordering::SeqCst), &mut |messages| {
+            let generated = speaker.answer(messages)?;
+            close(&args, &generated, &loaded, speaker.session.tokens().len())?;
+            Ok(generated.text)
+        });
+    };
     messages.push(Message::new("user", prompt));
     let generated = speaker.answer(&messages)?;
     close(&args, &generated, &loaded, speaker.session.tokens().len())

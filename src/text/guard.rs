@@ -22,7 +22,7 @@ const DEPTH_MAX: usize = 64;
 const INTEGER_MAX: i64 = 1 << 16;
 
 /// What reading an element of a list or map costs, in bytes of text that are read in the same time.
-const ELEMENT_WORK: i64 = 128;
+const ELEMENT_WORK: i64 = 256;
 /// Bytes of an element of a list or map.
 const ELEMENT_BYTES: i64 = 32;
 

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 use serde_json::Value;
 use tandem::gguf::File;
-use tandem::text::{Tokenizer, Vocabulary};
+use tandem::text::{ChatTemplate, Error, Message, RenderOptions, Tokenizer, Vocabulary};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -216,4 +216,231 @@ fn wrong_vocabularies_are_refused_by_key() {
     for make in [pairs, scored] {
         Tokenizer::new(make()).unwrap();
     }
+}
+
+fn template(source: &str) -> Result<ChatTemplate, Error> {
+    ChatTemplate::new(source, "<s>".into(), "</s>".into())
+}
+
+fn messages() -> Vec<Message> {
+    vec![
+        Message::new("system", "Be brief."),
+        Message::new("user", "Hi <you> & me"),
+        Message::new("assistant", "<think>\nhm\n</think>\n\nHello!"),
+        Message::new("user", "  And\nagain?  "),
+    ]
+}
+
+fn rendered(source: &str, options: &RenderOptions) -> Result<String, Error> {
+    template(source)?.render(&messages(), options)
+}
+
+#[test]
+fn the_templates_of_files_are_rendered() {
+    let expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <you> & me<|im_end|>\n\
+        <|im_start|>assistant\n<think>\nhm\n</think>\n\nHello!<|im_end|>\n<|im_start|>user\n  And\nagain?  <|im_end|>\n\
+        <|im_start|>assistant\n";
+    for path in [story(), golden("llama-f32.gguf")] {
+        let file = File::open(&path).unwrap();
+        let tokenizer = tokenizer(&path);
+        let template = ChatTemplate::from_metadata(file.metadata(), &tokenizer).unwrap().unwrap();
+        assert_eq!(template.render(&messages(), &RenderOptions::default()).unwrap(), expected, "{path:?}");
+        assert!(!template.knows_thinking());
+        let prompt = tokenizer.encode_prompt(expected, true);
+        assert_eq!(tokenizer.decode(&prompt), expected.as_bytes());
+        assert_eq!(prompt.iter().filter(|&&id| tokenizer.ends_generation(id)).count(), 4);
+    }
+    let file = File::open(golden("tokenizer-qwen2.gguf")).unwrap();
+    assert!(ChatTemplate::from_metadata(file.metadata(), cached("tokenizer-qwen2.gguf")).unwrap().is_none());
+}
+
+/// Written for this test in the manner of templates for models that reason: earlier reasoning is dropped, and
+/// the generation prompt opens or closes the reasoning.
+const REASONING: &str = r#"
+{%- macro turn(role, text) %}
+    {{- '<|im_start|>' ~ role ~ '\n' ~ text | trim ~ '<|im_end|>\n' }}
+{%- endmacro %}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = messages | length - 1 - loop.index0 %}
+    {%- if ns.last == -1 and message.role == 'user' and not message.content.startswith('<tool_response>') %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if not messages %}
+    {{- raise_exception('No messages.') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if message.role == 'assistant' and loop.index0 < ns.last %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- turn(message.role, content) }}
+    {%- elif message['role'] in ['user', 'system'] %}
+        {{- turn(message.role, content) }}
+    {%- else %}
+        {{- raise_exception('Unexpected role ' ~ message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- else %}
+        {{- '<think>\n' }}
+    {%- endif %}
+{%- endif %}"#;
+
+#[test]
+fn reasoning_is_switched_where_the_template_knows_it() {
+    let turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <you> & me<|im_end|>\n\
+        <|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nAnd\nagain?<|im_end|>\n";
+    let template = template(REASONING).unwrap();
+    assert!(template.knows_thinking());
+    for (thinking, end) in [
+        (None, "<|im_start|>assistant\n<think>\n"),
+        (Some(true), "<|im_start|>assistant\n<think>\n"),
+        (Some(false), "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    ] {
+        let options = RenderOptions { thinking, ..RenderOptions::default() };
+        assert_eq!(template.render(&messages(), &options).unwrap(), format!("{turns}{end}"));
+    }
+    let options = RenderOptions { add_generation_prompt: false, thinking: None };
+    assert_eq!(template.render(&messages(), &options).unwrap(), turns);
+    let error = template.render(&[], &options).unwrap_err().to_string();
+    assert!(error.contains("No messages.") && error.contains("line 1"), "{error}");
+    let error = template.render(&[Message::new("robot", "x")], &options).unwrap_err().to_string();
+    assert!(error.contains("Unexpected role robot"), "{error}");
+    // A long chat stays within its budget.
+    let mut long: Vec<Message> = (0..2000).flat_map(|_| messages()[1..3].to_vec()).collect();
+    long.push(messages()[3].clone());
+    assert!(template.render(&long, &options).unwrap().len() > 200_000);
+    let big = [Message::new("user", "word ".repeat(1_000_000))];
+    assert!(template.render(&big, &options).unwrap().len() > 4_999_999);
+}
+
+#[test]
+fn templates_see_what_python_would_give_them() {
+    let cases = [
+        ("{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", "<s>Be brief.</s>"),
+        ("{{ messages[1].content | tojson }}", "\"Hi <you> & me\""),
+        ("{{ messages[:1] | tojson }}", r#"[{"role": "system", "content": "Be brief."}]"#),
+        (
+            "{{ {'a': [1, 2.5, none, true]} | tojson(indent=2) }}",
+            "{\n  \"a\": [\n    1,\n    2.5,\n    null,\n    true\n  ]\n}",
+        ),
+        ("{{ none }} {{ true }} {{ missing }}.", "None True ."),
+        ("{% for m in messages if m.role != 'user' %}{{ loop.index }}{{ m.role }},{% endfor %}", "1system,2assistant,"),
+        (
+            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+            "user",
+        ),
+        ("{{ 'a-b-c'.split('-') | join('+') }}{{ ' x '.strip() }}{{ 'AbC'.lower() }}", "a+b+cxabc"),
+        ("{{ 'abc'[::-1] }}{{ 'abcdef'[1:3] }}{{ 'abc'[-1] }}{{ ('ab' * 3) ~ 2 * 3 }}", "cbabccababab6"),
+        ("{{ 'x' if 'a' in 'bac' and 1 < 2 <= 2 else 'y' }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 10 }}", "x331024"),
+        ("{% set m = messages[0] %}{{ m.get('nope', 'd') }}{{ m.items() | list | length }}", "d2"),
+        (
+            "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t ~ m.role[0] %}{% endfor %}{{ ns.t }}",
+            "suau",
+        ),
+        ("{% macro f(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ f(1) }}{{ f(1, y=3) }}", "[12][13]"),
+        ("{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}", "A1B"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='role') | list | length }}", "2"),
+        ("{{ messages | map(attribute='role') | unique | join(',') }}", "system,user,assistant"),
+        ("  {% if true %}\n  a\n  {% endif %}\nb\n", "  a\nb"),
+        ("{{ strftime_now('%Y') | int > 2020 }}", "True"),
+        ("{{ range(3) | list }}{{ 'é' | tojson }}", "[0, 1, 2]\"é\""),
+    ];
+    for (source, expected) in cases {
+        let found = rendered(source, &RenderOptions::default());
+        assert_eq!(found.as_deref(), Ok(expected), "{source}");
+    }
+}
+
+#[test]
+fn hostile_templates_end_with_an_error_in_bounded_time_and_memory() {
+    let deep = |open: &str, close: &str, n: usize| open.repeat(n) + "x" + &close.repeat(n);
+    let cases = [
+        "{{ 'x' * 10**9 }}".to_owned(),
+        "{{ 'x' * 10**18 }}".into(),
+        "{{ (10**9) * 'x' }}".into(),
+        "{% set a = [1] * 10**12 %}{{ a | list }}".into(),
+        "{{ [1, 2] * 9223372036854775807 | length }}".into(),
+        "{% for i in range(60000) %}{% for j in range(60000) %}{% endfor %}{% endfor %}".into(),
+        "{% for i in range(60000) %}{% for j in range(60000) %}x{% endfor %}{% endfor %}".into(),
+        "{{ range(10**9) | list }}".into(),
+        "{{ range(0, 9223372036854775807, 1) | list }}".into(),
+        "{{ range(-9223372036854775807, 5, -9223372036854775807) | list }}".into(),
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into(),
+        "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('abc') }}".into(),
+        "{% macro f(x) %}{{ x }}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f('abc') }}".into(),
+        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}".into(),
+        "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}".into(),
+        "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}".into(),
+        "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}".into(),
+        "{% set ns = namespace(s=[1, 2]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}".into(),
+        "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}".into(),
+        "{% set ns = namespace(s=[1]) %}{% for i in range(60000) %}{% set ns.s = [ns.s] %}{% endfor %}".into(),
+        "{% set ns = namespace(s={}) %}{% for i in range(60000) %}{% set ns.s = {'a': ns.s} %}{% endfor %}".into(),
+        "{% set o = namespace() %}{% for i in range(60000) %}{% set n = namespace() %}{% set n.p = o.p %}{% set o.p = n %}{% endfor %}".into(),
+        "{% set o = namespace(p=1) %}{% for i in range(60000) %}{% set o.p = dict(a=o.p) %}{% endfor %}".into(),
+        "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}".into(),
+
+        "{% set x = 'a' * 5000000 %}{{ x.replace('a', x) }}".into(),
+        "{% set x = 'a' * 5000000 %}{{ x | replace('a', x) }}".into(),
+        "{% set x = 'a' * 5000000 %}{{ x | list | join(x) }}".into(),
+        "{% set x = 'a' * 5000000 %}{{ x.join(x) }}".into(),
+        "{% set x = 'a\\n' * 2000000 %}{{ x | indent(60000) }}".into(),
+        "{{ 'a' | indent(10**9) }}".into(),
+        "{{ messages | tojson(indent=10**9) }}".into(),
+        "{{ [1] | batch(10**9, 'x') | list }}".into(),
+        "{{ [1] | slice(10**9) | list }}".into(),
+        "{{ '%1000000000d' | format(1) }}".into(),
+        "{{ '{:1000000000}'.format(1) }}".into(),
+        "{% set x = 'a' * 5000000 %}{% for i in range(60000) %}{% if x == x ~ '' %}{% endif %}{% endfor %}".into(),
+        "{% set x = 'a' * 5000000 %}{% for i in range(60000) %}{{ x[1:] | length }}{% endfor %}".into(),
+        "{% set x = 'a' * 5000000 %}{% for i in range(60000) %}{% if 'b' in x %}{% endif %}{% endfor %}".into(),
+        "{% set x = 'a' * 5000000 %}{% for i in range(60000) %}{% set y = x[-1] %}{% endfor %}".into(),
+        "{% set x = 'a' * 5000000 %}{% for i in range(60000) %}{% set y = x.upper() %}{% endfor %}".into(),
+        "{% set x = 'a' * 5000000 %}{{ x | list | sort | unique | list }}{{ x | list | tojson }}".into(),
+        "{{ 'abc'[0:5:-1] }}".into(),
+        "{{ 'abc'[::-9223372036854775807 - 1] }}".into(),
+        "{{ 'abc'[-9223372036854775807:] }}".into(),
+        "{{ 9223372036854775807 * 9223372036854775807 }}{{ 2 ** 10**9 }}".into(),
+        "{{ ".to_owned() + &"'aaaaaaaaaaaaaaaa' ~ ".repeat(6000) + "'' }}",
+        "{{ ".to_owned() + &"1 + ".repeat(30_000) + "1 }}",
+        "{{ ".to_owned() + &deep("(", ")", 60_000) + " }}",
+        "{{ ".to_owned() + &deep("[", "]", 60_000) + " }}",
+        "{{ ".to_owned() + &"not ".repeat(30_000) + "x }}",
+        "{{ x".to_owned() + &".a".repeat(60_000) + " }}",
+        "{{ x".to_owned() + &"|a".repeat(60_000) + " }}",
+        deep("{% if x %}", "{% endif %}", 6_000),
+        "{% if a %}".to_owned() + &"{% elif a %}".repeat(10_000) + "{% endif %}",
+        "{% for m in messages %}".repeat(5_000),
+        "x".repeat(200_000),
+        "{% include 'x' %}".into(),
+        "{% extends 'x' %}".into(),
+        "{% filter upper %}x{% endfilter %}".into(),
+        "{% set x | replace('a', 'b') %}a{% endset %}".into(),
+        "{% block a %}{{ self.a() }}{% endblock %}".into(),
+        "{% for m in messages %}".into(),
+        "{{ messages | nonsense }}".into(),
+        "{{ messages[0].content.nonsense() }}".into(),
+        "{{ nothing.at.all }}".into(),
+        "{% endfor %}".into(),
+        "{{ 'unterminated }}".into(),
+    ];
+    for source in cases {
+        let shown: String = source.chars().take(120).collect();
+        let error = rendered(&source, &RenderOptions::default()).expect_err(&shown).to_string();
+        assert!(error.starts_with("the chat template can't be used: ") && error.len() < 700, "{shown}: {error}");
+    }
+    // Macros that hold each other, tens of thousands deep, are let go of without harm.
+    let chain = "{% set o = namespace(p=1) %}{% for i in range(60000) %}{% set q = o.p %}{% macro m() %}{{ q }}{% endmacro %}{% set o.p = m %}{% endfor %}{{ o.p() }}";
+    assert!(rendered(chain, &RenderOptions::default()).is_ok());
 }
