@@ -1,13 +1,13 @@
 //! From what the user typed to a loaded engine: open, describe, plan, say the plan, load exactly it with a
 //! progress bar, and compare planned with actual bytes.
 
-use super::wishes::WishArgs;
-use crate::engine::Engine;
+use super::wishes::{self, WishArgs};
+use crate::engine::{DeviceOptions, Engine, Error};
 use crate::gguf::File;
 use crate::machine::Machine;
-use crate::plan::{self, Device, Pool, Workload};
+use crate::plan::{self, Plan, Pool, Workload};
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem_cpu::Isa;
 
@@ -43,6 +43,9 @@ pub struct EngineArgs {
     /// Instruction set of the CPU kernels: avx512, avx2 or portable [default: the best this processor has]
     #[arg(long, env = "TANDEM_CPU_ISA", value_name = "ISA", value_parser = parse_isa, help_heading = "Plan")]
     cpu_isa: Option<Isa>,
+    /// Folder with NVIDIA's run-time compiler (libnvrtc), where it is not on the system's path
+    #[arg(long, env = "TANDEM_CUDA_LIBS", value_name = "FOLDER", help_heading = "Plan")]
+    cuda_libs: Option<PathBuf>,
 }
 
 fn parse_isa(text: &str) -> Result<Isa, String> {
@@ -72,21 +75,37 @@ pub struct Loaded {
 /// # Errors
 /// A model that does not fit, or weights that cannot be loaded.
 pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow::Result<Loaded> {
-    let isa = args.cpu_isa.unwrap_or_else(Isa::detect);
+    let options = DeviceOptions {
+        isa: args.cpu_isa.unwrap_or_else(Isa::detect),
+        cuda_libs: args.cuda_libs.clone(),
+        cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
+    };
     let machine = args.wishes.machine()?;
     let plan = args.wishes.plan(&opened.model, workload)?;
-    eprintln!("{}", plan::summary(&plan));
-    let planned = plan.bytes(Device::Cpu, Some(Pool::Weights));
     let start = Instant::now();
-    let bar = progress_bar(planned);
-    let engine = Engine::load(opened.model.clone(), plan, isa, &opened.file, &|done| bar.set_position(done))?;
-    bar.finish_and_clear();
+    let engine = match load(opened, plan, &options) {
+        Err(error @ (Error::Cuda(_) | Error::Shared { .. })) if !args.wishes.asks_for_gpu() => {
+            eprintln!("{error}; running on the CPU");
+            load(opened, args.wishes.on_cpu().plan(&opened.model, workload)?, &options)?
+        }
+        loaded => loaded?,
+    };
     opened.file.check_unchanged()?;
-    let actual = engine.weight_bytes();
-    if actual != planned {
-        eprintln!("weights take {actual} bytes of main memory; planned were {planned}");
+    for (device, actual) in engine.weight_bytes() {
+        let planned = engine.plan().bytes(device, Some(Pool::Weights));
+        if actual != planned {
+            eprintln!("weights take {actual} bytes on {device}; planned were {planned}");
+        }
     }
     Ok(Loaded { engine, machine, load_time: start.elapsed() })
+}
+
+fn load(opened: &Opened, plan: Plan, options: &DeviceOptions) -> Result<Engine, Error> {
+    eprintln!("{}", plan::summary(&plan));
+    let bar = progress_bar(Engine::planned_weight_bytes(&plan));
+    let engine = Engine::load(opened.model.clone(), plan, options, &opened.file, &|done| bar.set_position(done));
+    bar.finish_and_clear();
+    engine
 }
 
 /// A bar on standard error where a terminal looks, else nothing.

@@ -1,7 +1,7 @@
 //! Options that decide a plan, shared by every command that loads or plans a model.
 
 use crate::machine::{self, Machine};
-use crate::plan::{self, PlaceRule, Plan, Wishes, Workload};
+use crate::plan::{self, Device, PlaceRule, Plan, Wishes, Workload};
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -49,6 +49,9 @@ impl From<KvDtypeArg> for KvDtype {
         }
     }
 }
+
+/// GPUs of one machine at most.
+const MAX_GPUS: usize = 64;
 
 /// Options that decide a plan.
 #[derive(Args, Clone, Debug, Default)]
@@ -115,6 +118,20 @@ impl WishArgs {
         let saved: Plan = read_json(path, "plan")?;
         saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         Ok(saved)
+    }
+
+    /// Whether the user said what a GPU has to do, so that doing without it would be against their wish.
+    pub fn asks_for_gpu(&self) -> bool {
+        let gpu = |rule: &PlaceRule| rule.device != Device::Cpu;
+        self.plan.is_some()
+            || self.vram.iter().any(|bytes| *bytes > 0)
+            || self.gpu_layers.is_some_and(|n| n > 0)
+            || self.place.iter().any(gpu)
+    }
+
+    /// The same wishes without any GPU.
+    pub fn on_cpu(&self) -> Self {
+        Self { vram: vec![0; MAX_GPUS], ..self.clone() }
     }
 
     /// The machine to plan for: the one asked for, else this one.

@@ -5,7 +5,7 @@ mod session;
 mod step;
 
 pub use session::Session;
-pub use step::{Engine, States};
+pub use step::{DeviceOptions, Engine, States};
 
 /// What can go wrong while loading weights or running a step.
 #[derive(Debug, thiserror::Error)]
@@ -21,9 +21,15 @@ pub enum Error {
         /// Positions of a slot.
         n_ctx: usize,
     },
-    /// A plan that uses a device this build or machine does not have.
-    #[error("the plan places blocks on {0}, which is not available here")]
-    Device(crate::plan::Device),
+    /// A GPU failed, or is not there.
+    #[error(transparent)]
+    Cuda(#[from] tandem_cuda::Error),
+    /// A plan that shares a block between devices.
+    #[error("the plan shares block {block} between devices; this version runs a block on one device only")]
+    Shared {
+        /// Index of the block.
+        block: usize,
+    },
     /// A batch that does not fit the plan or the vocabulary.
     #[error("{0}")]
     Batch(String),

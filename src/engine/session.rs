@@ -118,6 +118,8 @@ impl<'e> Session<'e> {
         if self.snapshots.len() >= n_kept {
             self.snapshots.remove(0);
         }
-        self.snapshots.push((self.tokens.len(), self.states.snapshot(self.slot)));
+        if let Some(snapshot) = self.states.snapshot(self.slot) {
+            self.snapshots.push((self.tokens.len(), snapshot));
+        }
     }
 }

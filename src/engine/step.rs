@@ -1,61 +1,108 @@
 //! One step: the blocks of the model, in order, each on the device where the plan put it.
 
 use super::Error;
-use crate::plan::{Device, Plan};
+use crate::plan::{Device, Plan, Pool};
 use std::ops::Range;
-use tandem_cpu::{Snapshot, StateSize};
-use tandem_spec::{Batch, Model, TensorSource};
+use std::path::PathBuf;
+use tandem_cpu::{Isa, Snapshot, StateSize};
+use tandem_spec::{Batch, Block, Model, TensorSource};
+
+/// How the devices of a plan are used.
+pub struct DeviceOptions {
+    /// Instruction set of the CPU kernels.
+    pub isa: Isa,
+    /// Folder with NVRTC, where it is not on the system's path.
+    pub cuda_libs: Option<PathBuf>,
+    /// Folder where compiled kernels are kept; `None`: nowhere.
+    pub cubin_cache: Option<PathBuf>,
+}
 
 /// A loaded model: the plan and, per device, the weights of its blocks.
 pub struct Engine {
     model: Model,
     plan: Plan,
-    cpu: tandem_cpu::Backend,
-    segments: Vec<(Device, Range<usize>)>,
+    cpu: Option<tandem_cpu::Backend>,
+    gpus: Vec<(Device, tandem_cuda::Backend)>,
+    runs: Vec<DeviceRun>,
+}
+
+/// Consecutive blocks on one device.
+struct DeviceRun {
+    device: Device,
+    /// Indices of the blocks in the model.
+    blocks: Range<usize>,
+    /// Their indices among the blocks of the device.
+    local: Range<usize>,
 }
 
 /// Everything that changes while an engine runs: KV rows and GDN states by slot, and the buffers of a step.
 pub struct States {
-    cpu: tandem_cpu::State,
-    x: Vec<f32>,      // [n_batch, n_embd] residual stream
+    cpu: Option<tandem_cpu::State>,
+    gpus: Vec<tandem_cuda::State>,
+    x: Vec<f32>,      // [n_batch, n_embd] residual stream between devices
     logits: Vec<f32>, // [wanted, n_vocab]
 }
 
-/// The longest runs of consecutive blocks that run wholly on one device.
-fn segments(plan: &Plan) -> Vec<(Device, Range<usize>)> {
-    let mut runs: Vec<(Device, Range<usize>)> = Vec::new();
+/// The longest runs of consecutive blocks that one device has wholly.
+fn device_runs(plan: &Plan) -> Result<Vec<DeviceRun>, Error> {
+    let mut runs: Vec<DeviceRun> = Vec::new();
     for block in 0..plan.places.len() {
-        let device = plan.device(block).expect("shared blocks are refused when the plan is loaded");
+        let device = plan.device(block).ok_or(Error::Shared { block })?;
         match runs.last_mut() {
-            Some((last, range)) if *last == device => range.end = block + 1,
-            _ => runs.push((device, block..block + 1)),
+            Some(run) if run.device == device => (run.blocks.end, run.local.end) = (block + 1, run.local.end + 1),
+            _ => {
+                let first = runs.iter().filter(|r| r.device == device).map(|r| r.local.len()).sum();
+                runs.push(DeviceRun { device, blocks: block..block + 1, local: first..first + 1 });
+            }
         }
     }
-    runs
+    Ok(runs)
 }
 
 impl Engine {
     /// Loads the weights of every block onto its device. `progress` is told the bytes done so far, of
-    /// [`Engine::planned_bytes`] in all; it is called from several threads.
+    /// [`Engine::planned_weight_bytes`] in all; it may be called from several threads.
     ///
     /// # Errors
-    /// Too little memory, or a weight that a backend cannot multiply with.
+    /// Too little memory, a device that is not there, a weight that a backend cannot multiply with, or a plan that
+    /// shares a block between devices.
     pub fn load(
         model: Model,
         plan: Plan,
-        isa: tandem_cpu::Isa,
+        options: &DeviceOptions,
         source: &dyn TensorSource,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, Error> {
-        assert_eq!(plan.places.len(), model.blocks.len(), "a plan places every block of its model once");
-        if let Some(device) = plan.devices().into_iter().find(|d| *d != Device::Cpu) {
-            return Err(Error::Device(device));
+        plan.check(&model).map_err(Error::Batch)?;
+        let runs = device_runs(&plan)?;
+        let (mut cpu, mut gpus, mut done) = (None, Vec::new(), 0);
+        for device in plan.devices() {
+            let indices: Vec<usize> =
+                runs.iter().filter(|r| r.device == device).flat_map(|r| r.blocks.clone()).collect();
+            let before = done;
+            match device {
+                Device::Cpu => {
+                    let options = tandem_cpu::Options { threads: plan.threads, isa: options.isa };
+                    let backend =
+                        tandem_cpu::Backend::load(&model, &indices, source, options, &|n| progress(before + n))?;
+                    done += backend.weight_bytes();
+                    cpu = Some(backend);
+                }
+                Device::Cuda(ordinal) => {
+                    let gpu = std::sync::Arc::new(tandem_cuda::Device::open(ordinal)?);
+                    let compiler =
+                        tandem_cuda::Compiler::new(options.cuda_libs.as_deref(), options.cubin_cache.clone())?;
+                    let blocks: Vec<Block<_>> = indices.iter().map(|&i| model.blocks[i].clone()).collect();
+                    let (n_slots, n_ctx, n_batch) = (plan.n_slots, plan.n_ctx, plan.n_batch);
+                    let sizes = tandem_cuda::Options { n_slots, n_ctx, n_batch, kv: plan.kv_dtype };
+                    let mut tell = |n: usize, _| progress(before + n as u64);
+                    let backend = tandem_cuda::Backend::load(&gpu, compiler, &blocks, source, &sizes, &mut tell)?;
+                    done += backend.weight_bytes() as u64;
+                    gpus.push((device, backend));
+                }
+            }
         }
-        let on_cpu: Vec<usize> = (0..plan.places.len()).collect();
-        let options = tandem_cpu::Options { threads: plan.threads, isa };
-        let cpu = tandem_cpu::Backend::load(&model, &on_cpu, source, options, progress)?;
-        let segments = segments(&plan);
-        Ok(Self { model, plan, cpu, segments })
+        Ok(Self { model, plan, cpu, gpus, runs })
     }
 
     /// The model's description.
@@ -68,9 +115,15 @@ impl Engine {
         &self.plan
     }
 
-    /// Bytes of weights in host memory.
-    pub fn weight_bytes(&self) -> u64 {
-        self.cpu.weight_bytes()
+    /// Bytes of weights that the plan counts on all devices.
+    pub fn planned_weight_bytes(plan: &Plan) -> u64 {
+        plan.devices().into_iter().map(|device| plan.bytes(device, Some(Pool::Weights))).sum()
+    }
+
+    /// Bytes of weights by device.
+    pub fn weight_bytes(&self) -> Vec<(Device, u64)> {
+        let cpu = self.cpu.iter().map(|b| (Device::Cpu, b.weight_bytes()));
+        cpu.chain(self.gpus.iter().map(|(device, b)| (*device, b.weight_bytes() as u64))).collect()
     }
 
     /// Fresh states for the plan's slots.
@@ -79,14 +132,12 @@ impl Engine {
     /// Too little memory.
     pub fn states(&self) -> Result<States, Error> {
         let plan = &self.plan;
+        let (n_slots, n_ctx, n_batch, kv_dtype) = (plan.n_slots, plan.n_ctx, plan.n_batch, plan.kv_dtype);
+        let size = StateSize { n_slots, n_ctx, n_batch, kv_dtype };
         Ok(States {
-            cpu: self.cpu.state(StateSize {
-                n_slots: plan.n_slots,
-                n_ctx: plan.n_ctx,
-                n_batch: plan.n_batch,
-                kv_dtype: plan.kv_dtype,
-            })?,
-            x: vec![0.0; plan.n_batch * self.model.n_embd],
+            cpu: self.cpu.as_ref().map(|b| b.state(size)).transpose()?,
+            gpus: self.gpus.iter().map(|(_, b)| b.state()).collect::<Result<_, _>>()?,
+            x: vec![0.0; n_batch * self.model.n_embd],
             logits: Vec::new(),
         })
     }
@@ -101,10 +152,31 @@ impl Engine {
         let x = &mut states.x[..batch.tokens.len() * self.model.n_embd];
         states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
         let logits = &mut states.logits[..];
-        for (device, blocks) in &self.segments {
-            match device {
-                Device::Cpu => self.cpu.run(blocks.clone(), batch, &mut states.cpu, x, logits)?,
-                Device::Cuda(i) => unreachable!("a plan for cuda{i} is refused when it is loaded"),
+        if let ([(_, gpu)], None) = (&self.gpus[..], &self.cpu)
+            && batch.wanted.len() == batch.sequences.len()
+            && batch.tokens.len() == batch.sequences.len()
+        {
+            let feed = |(s, &token): (&tandem_spec::Sequence, &u32)| tandem_cuda::Feed {
+                slot: s.slot,
+                position: s.position,
+                token,
+            };
+            let feeds: Vec<_> = batch.sequences.iter().zip(&batch.tokens).map(feed).collect();
+            gpu.decode(&mut states.gpus[0], &feeds)?;
+            gpu.logits(&states.gpus[0], logits)?;
+            return Ok(logits);
+        }
+        for run in &self.runs {
+            match run.device {
+                Device::Cpu => {
+                    let (backend, state) = (self.cpu.as_ref(), states.cpu.as_mut());
+                    let (Some(backend), Some(state)) = (backend, state) else { unreachable!("loaded with the plan") };
+                    backend.run(run.blocks.clone(), batch, state, x, logits)?;
+                }
+                device => {
+                    let i = self.gpus.iter().position(|(d, _)| *d == device).expect("loaded with the plan");
+                    self.gpus[i].1.run(&mut states.gpus[i], run.local.clone(), batch, x, logits)?;
+                }
             }
         }
         Ok(logits)
@@ -112,24 +184,26 @@ impl Engine {
 }
 
 impl States {
-    /// Forgets what `slot` has seen.
+    /// Forgets what `slot` has seen. On a GPU a sequence begins anew at position 0 by itself.
     pub fn reset(&mut self, slot: usize) {
-        self.cpu.reset_slot(slot);
+        if let Some(cpu) = &mut self.cpu {
+            cpu.reset_slot(slot);
+        }
     }
 
-    /// A copy of the recurrent states of `slot`.
-    pub fn snapshot(&mut self, slot: usize) -> Snapshot {
-        self.cpu.snapshot(slot)
+    /// A copy of the recurrent states of `slot`; `None` where a GPU holds some.
+    pub fn snapshot(&mut self, slot: usize) -> Option<Snapshot> {
+        self.cpu.as_mut().filter(|_| self.gpus.is_empty()).map(|cpu| cpu.snapshot(slot))
     }
 
     /// Bytes of such a copy; 0 for models without recurrent states.
     pub fn snapshot_bytes(&self) -> usize {
-        self.cpu.snapshot_bytes()
+        self.cpu.as_ref().map_or(0, |cpu| cpu.snapshot_bytes())
     }
 
     /// Puts a copy of `slot`'s recurrent states back.
     pub fn restore(&mut self, slot: usize, snapshot: &Snapshot) {
-        self.cpu.restore(slot, snapshot);
+        self.cpu.as_mut().expect("the copy was made here").restore(slot, snapshot);
     }
 
     /// Logits of the last step `[wanted, n_vocab]`.

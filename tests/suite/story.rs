@@ -1,6 +1,6 @@
 //! The bundled model tells a story, remembers it in the next turn, and a session computes only what is new.
 
-use tandem::engine::{Engine, Session};
+use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;
 use tandem::plan::{Device, Workload};
 use tandem::text::{ChatTemplate, Message, RenderOptions, Tokenizer, Vocabulary};
@@ -11,7 +11,8 @@ fn engine(file: &File) -> Engine {
     let wishes = tandem::plan::Wishes { vram: vec![0; 16], workload: Workload::default(), ..Default::default() };
     let plan = tandem::plan::plan(&model, &machine, &wishes).unwrap();
     assert_eq!(plan.devices(), [Device::Cpu]);
-    Engine::load(model, plan, tandem_cpu::Isa::detect(), file, &|_| {}).unwrap()
+    let options = DeviceOptions { isa: tandem_cpu::Isa::detect(), cuda_libs: None, cubin_cache: None };
+    Engine::load(model, plan, &options, file, &|_| {}).unwrap()
 }
 
 /// The most likely continuation of `prefix`, until the model ends it.
