@@ -5,6 +5,7 @@
 use crate::moe::{self, Routing};
 use crate::projection::MAX_PIECE_ROWS;
 use crate::{ActivationBuffer, Error, Forms, attention, delta_net};
+use memmap2::MmapMut;
 use std::ops::Range;
 use tandem_spec::{Block, KvDtype, Model, Rope, Weight};
 
@@ -244,7 +245,7 @@ impl Layout {
     pub fn n_bytes(&self) -> usize {
         let shared = [self.normed, self.mixed_acts, self.sorted, self.hidden_acts];
         let per_worker = self.own.n_bytes() + Routing::n_bytes(self.routing.0, self.routing.1);
-        4 * (self.len + ALIGN) + shared.iter().map(|b| b.n_bytes()).sum::<usize>() + self.n_workers * per_worker
+        4 * self.len + shared.iter().map(|b| b.n_bytes()).sum::<usize>() + self.n_workers * per_worker
     }
 
     /// States of `slot`.
@@ -267,9 +268,6 @@ impl Layout {
     }
 }
 
-/// Elements by which the memory is longer than its layout, so that the layout can begin at a cache line.
-const ALIGN: usize = 16;
-
 /// Activation buffers and routing tables.
 pub(crate) struct Buffers {
     pub normed: ActivationBuffer,
@@ -283,8 +281,8 @@ pub(crate) struct Buffers {
 /// Keys, values, recurrent states and scratch for up to [`StateSize::n_slots`] sequences.
 pub struct State {
     pub(crate) layout: Layout,
-    /// Zeroed; `layout.len + ALIGN` elements.
-    memory: Vec<f32>,
+    /// `[layout.len]` f32, zero until written, in huge pages where the system has them.
+    memory: MmapMut,
     pub(crate) buffers: Buffers,
     /// One a worker.
     pub(crate) routing: Vec<Routing>,
@@ -301,20 +299,14 @@ impl Snapshot {
     }
 }
 
-fn zeroed(n: usize) -> Option<Vec<f32>> {
-    let layout = std::alloc::Layout::array::<f32>(n).ok()?;
-    assert!(n > 0, "the memory of a state is never empty");
-    // SAFETY: the layout is not empty. Zeroed memory from the system is mapped when it is first touched.
-    let p = unsafe { std::alloc::alloc_zeroed(layout) };
-    // SAFETY: `p` comes from the global allocator with the layout of `n` f32, all of them initialised.
-    (!p.is_null()).then(|| unsafe { Vec::from_raw_parts(p.cast(), n, n) })
-}
-
 impl State {
     pub(crate) fn new(layout: Layout) -> Result<Self, Error> {
         let bytes = layout.n_bytes();
         let failed = || Error::Memory { bytes };
-        let memory = layout.len.checked_add(ALIGN).and_then(zeroed).ok_or_else(failed)?;
+        let memory = layout.len.checked_mul(4).and_then(|n| MmapMut::map_anon(n).ok()).ok_or_else(failed)?;
+        #[cfg(target_os = "linux")]
+        // Advice: a system without huge pages refuses it and works without.
+        let _ = memory.advise(memmap2::Advice::HugePage);
         let buffer = |b: BufferSize| ActivationBuffer::new(b.elements, b.forms).map_err(|_| failed());
         let buffers = Buffers {
             normed: buffer(layout.normed)?,
@@ -342,8 +334,8 @@ impl State {
 
     /// The memory of the layout, and what lies beside it.
     pub(crate) fn split(&mut self) -> (&Layout, &mut [f32], &Buffers, &mut [Routing]) {
-        let start = self.memory.as_ptr().align_offset(64).min(ALIGN);
-        let memory = &mut self.memory[start..start + self.layout.len];
+        // SAFETY: the mapping begins at a page, holds `len` f32, and all bits are valid f32.
+        let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<f32>(), self.layout.len) };
         (&self.layout, memory, &self.buffers, &mut self.routing)
     }
 

@@ -2,9 +2,10 @@
 //! several sequences a step, every worker count, snapshots, and any cut of a prompt. Prints which were run.
 
 use std::collections::BTreeMap;
-use tandem_cpu::{Backend, Isa, Options, StateSize};
-use tandem_spec::testing::{Buffers, Case, Poisoned, Shape, cases, relative_rms_of_rows};
-use tandem_spec::{Batch, Block, KvDtype, Model, Weight};
+use std::ops::Range;
+use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
+use tandem_spec::testing::{Buffers, Case, Maker, Poisoned, Rng, Shape, cases, max_abs, relative_rms_of_rows};
+use tandem_spec::{Batch, Block, Head, HeadShape, KvDtype, Linear, Model, TensorType, Weight};
 
 fn isas() -> Vec<Isa> {
     let isas: Vec<_> = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|i| i.is_available()).collect();
@@ -102,4 +103,113 @@ fn blocks_match_the_reference() {
         println!("{isa:8} {kind:22} worst row {error:.2e} ({name})");
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Cases of a block that keeps states.
+fn cases_with_states() -> impl Iterator<Item = Case> {
+    let keeps = |c: &Case| matches!(c.shape, Shape::Attention { .. } | Shape::DeltaNet(_));
+    cases().into_iter().filter(move |c| keeps(c) && c.n_embd() <= 256)
+}
+
+/// A sequence of noise for `case`: its residual stream `[n_tokens, n_embd]`.
+fn stream(case: &Case, n_tokens: usize) -> Vec<f32> {
+    Rng::new(case.seed ^ 0xc0ffee).normals(n_tokens * case.n_embd(), 1.0)
+}
+
+/// Runs tokens `range` of `x` in `slot`.
+fn run_part(backend: &Backend, state: &mut State, x: &mut [f32], n_embd: usize, slot: usize, range: Range<usize>) {
+    let batch = Batch::single(slot, range.start, &vec![0; range.len()], false);
+    let x = &mut x[range.start * n_embd..range.end * n_embd];
+    backend.run(0..1, &batch, state, x, &mut []).expect("the step runs");
+}
+
+/// A prompt gives the same in one batch, in chunks and token by token, and after a return to a snapshot.
+#[test]
+fn chunks_and_snapshots_agree() {
+    const N: usize = 140;
+    for isa in isas() {
+        for case in cases_with_states() {
+            let (block, source) = case.block();
+            let (model, n_embd) = (model(&case, block), case.n_embd());
+            let backend = load(&model, &source, isa, 2);
+            let size = StateSize { n_slots: 2, n_ctx: N, n_batch: N, kv_dtype: case.kv_dtype };
+            let mut state = backend.state(size).expect("memory");
+            let before = stream(&case, N);
+            let mut whole = before.clone();
+            run_part(&backend, &mut state, &mut whole, n_embd, 1, 0..N);
+            let whole: Vec<f64> = whole.iter().map(|x| f64::from(*x)).collect();
+            for chunk in [1, 7, 64] {
+                state.reset_slot(1);
+                let mut x = before.clone();
+                let mut start = 0;
+                while start < N {
+                    let end = (start + chunk).min(N);
+                    let snapshot = state.snapshot(1);
+                    assert_eq!(snapshot.n_bytes(), state.snapshot_bytes());
+                    // A detour that the snapshot undoes.
+                    if start % 4 == 0 {
+                        let mut detour = x.clone();
+                        detour.rotate_left(n_embd / 2);
+                        run_part(&backend, &mut state, &mut detour, n_embd, 1, start..end);
+                        state.restore(1, &snapshot);
+                    }
+                    run_part(&backend, &mut state, &mut x, n_embd, 1, start..end);
+                    start = end;
+                }
+                let error = max_abs(&x, &whole);
+                assert!(error < 1e-3, "{} on {}, chunks of {chunk}: {error:e}", case.name, isa.name());
+            }
+        }
+    }
+}
+
+/// Planned bytes are those allocated, for weights (a shared table counts once) and for states.
+#[test]
+fn planned_bytes_are_allocated_bytes() {
+    let isa = Isa::detect();
+    for case in cases() {
+        let (block, source) = case.block();
+        let model = model(&case, block);
+        let backend = load(&model, &source, isa, 2);
+        assert_eq!(backend.weight_bytes(), Backend::planned_weight_bytes(&model, &[0], isa), "{}", case.name);
+        let planned = Backend::planned_state_bytes(&model, &[0], size(&case), 2).expect("a size");
+        let state = backend.state(size(&case)).expect("memory");
+        assert_eq!(state.n_bytes() as u64, planned, "{}", case.name);
+    }
+    let mut maker = Maker::new(1, &[TensorType::Q8_0]);
+    let embed = maker.embed(96, 64);
+    let output = Linear { weight: embed.token_embd.clone(), scale: None, bias: None };
+    let output_norm = maker.vector("output_norm.weight", 64, 1.0, 0.1);
+    let head = Head { shape: HeadShape { n_embd: 64, n_vocab: 96, rms_eps: 1e-6 }, output_norm, output };
+    let mut tied = model(&cases()[0], Block::Embed(embed));
+    tied.blocks.push(Block::Head(head));
+    let table = Backend::planned_weight_bytes(&tied, &[0], isa);
+    assert_eq!(load(&tied, &maker.source, isa, 1).weight_bytes(), table + 4 * 64);
+}
+
+/// What the caller may get wrong is an error that says what: no panic, no abort.
+#[test]
+fn wrong_requests_are_errors() {
+    let case = cases_with_states().next().expect("a case");
+    let (block, source) = case.block();
+    let model = model(&case, block);
+    let backend = load(&model, &source, Isa::detect(), 1);
+    let size = StateSize { n_slots: 1, n_ctx: 8, n_batch: 4, kv_dtype: KvDtype::F32 };
+    let too_long = StateSize { n_ctx: 1 << 60, ..size };
+    assert!(matches!(backend.state(too_long), Err(Error::Memory { .. })));
+    assert!(Backend::planned_state_bytes(&model, &[0], StateSize { n_ctx: usize::MAX, ..size }, 1).is_none());
+    let mut state = backend.state(size).expect("memory");
+    let mut x = vec![0.0; 16 * case.n_embd()];
+    for (batch, part) in [
+        (Batch::single(0, 0, &[0; 5], false), "room for 4"),
+        (Batch::single(0, 6, &[0; 3], false), "context of 8"),
+        (Batch::single(1, 0, &[0], false), "slot 1"),
+        (Batch::single(0, 0, &[case.n_vocab() as u32], false), "token id"),
+    ] {
+        let error = backend.run(0..1, &batch, &mut state, &mut x, &mut []).expect_err("refused").to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    let options = Options { threads: 1, isa: Isa::Avx512 };
+    let loaded = Backend::load(&model, &[0], &source, options, &|_| {});
+    assert_eq!(loaded.is_ok(), Isa::Avx512.is_available());
 }
