@@ -3,7 +3,7 @@
 use crate::Runner;
 use anyhow::{Context as _, Result};
 use std::path::Path;
-use tandem::engine::{Engine, States};
+use tandem::engine::{DeviceOptions, Engine, States};
 use tandem::gguf::File;
 use tandem::plan::Wishes;
 use tandem_cpu::Isa;
@@ -28,7 +28,8 @@ impl Ours {
         let wishes = Wishes { vram: vec![0; 16], n_ctx, n_batch, threads, ..Default::default() };
         let plan = tandem::plan::plan(&model, &tandem::machine::here(None, false), &wishes)?;
         let isa = Isa::detect();
-        let engine = Engine::load(model, plan, isa, &file, &|_| {}).context("tandem cannot load the model")?;
+        let options = DeviceOptions { isa, cuda_libs: None, cubin_cache: None };
+        let engine = Engine::load(model, plan, &options, &file, &|_| {}).context("tandem cannot load the model")?;
         let states = engine.states()?;
         Ok(Self { engine, states, n_past: 0, isa })
     }
