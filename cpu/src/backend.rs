@@ -59,6 +59,19 @@ enum CpuBlock {
     Head(HeadBlock),
 }
 
+impl CpuBlock {
+    fn n_bytes(&self) -> usize {
+        match self {
+            CpuBlock::Embed(b) => b.n_bytes(),
+            CpuBlock::Attention(b) => b.n_bytes(),
+            CpuBlock::DeltaNet(b) => b.n_bytes(),
+            CpuBlock::Ffn(b) => b.n_bytes(),
+            CpuBlock::Moe(b) => b.n_bytes(),
+            CpuBlock::Head(b) => b.n_bytes(),
+        }
+    }
+}
+
 /// Packed blocks of a model and the workers that run them.
 pub struct Backend {
     /// Shapes and types of the model's blocks, for the layout of states.
@@ -157,7 +170,7 @@ impl Backend {
         let tied = tied(model, blocks);
         let mut table: Option<Arc<Matrix>> = None;
         let mut packed: Vec<Option<CpuBlock>> = model.blocks.iter().map(|_| None).collect();
-        let mut done = 0;
+        let (mut done, planned) = (0, Self::planned_weight_bytes(model, blocks, isa));
         for &index in blocks {
             let block = &model.blocks[index];
             let mut shared = |weight: &Weight| match &table {
@@ -179,9 +192,14 @@ impl Backend {
                 })
             })?);
             for_each_part(block, &mut |part| done += part_bytes(&part, isa));
-            progress(done);
+            // The head's part of a shared table was done with the embedding.
+            progress(done.min(planned));
         }
-        let weight_bytes = Self::planned_weight_bytes(model, blocks, isa);
+        let loaded = || packed.iter().flatten();
+        let embed = loaded().find_map(|b| if let CpuBlock::Embed(b) = b { Some(&b.token_embd) } else { None });
+        let head = loaded().find_map(|b| if let CpuBlock::Head(b) = b { Some(&b.output.matrix) } else { None });
+        let repeated = embed.zip(head).filter(|(a, b)| Arc::ptr_eq(a, b)).map_or(0, |(table, _)| table.n_bytes());
+        let weight_bytes = (loaded().map(CpuBlock::n_bytes).sum::<usize>() - repeated) as u64;
         Ok(Self { model: model.clone(), indices: blocks.to_vec(), blocks: packed, weight_bytes, isa, pool })
     }
 

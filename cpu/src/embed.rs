@@ -12,6 +12,11 @@ pub(crate) struct EmbedBlock {
 }
 
 impl EmbedBlock {
+    /// Bytes of the weights.
+    pub fn n_bytes(&self) -> usize {
+        self.token_embd.n_bytes()
+    }
+
     /// Writes the rows of the tokens to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step) {
         for token in w.share(step.n_tokens) {

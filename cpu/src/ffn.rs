@@ -61,6 +61,12 @@ impl FfnBlock {
         }
     }
 
+    /// Bytes of the weights.
+    pub fn n_bytes(&self) -> usize {
+        let projections = [&self.ffn_gate, &self.ffn_up, &self.ffn_down];
+        size_of_val(&*self.ffn_norm) + projections.iter().map(|p| p.n_bytes()).sum::<usize>()
+    }
+
     /// Adds the block to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step) {
         let forms = self.ffn_gate.forms().or(self.ffn_up.forms());

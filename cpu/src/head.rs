@@ -16,6 +16,11 @@ pub(crate) struct HeadBlock {
 }
 
 impl HeadBlock {
+    /// Bytes of the weights.
+    pub fn n_bytes(&self) -> usize {
+        size_of_val(&*self.output_norm) + self.output.n_bytes()
+    }
+
     /// Writes the logits of the wanted rows.
     pub fn run(&self, w: &Worker, step: &Step) {
         let (wanted, n_vocab) = (&step.batch.wanted, self.shape.n_vocab);

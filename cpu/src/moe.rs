@@ -145,6 +145,14 @@ impl MoeBlock {
         })
     }
 
+    /// Bytes of the weights.
+    pub fn n_bytes(&self) -> usize {
+        let experts = [&self.gate, &self.up, &self.down].into_iter().flatten();
+        let shared = self.shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down].into_iter().chain(&s.gate_inp));
+        let projections = experts.chain(shared).chain([&self.router]);
+        size_of_val(&*self.ffn_norm) + projections.map(|p| p.n_bytes()).sum::<usize>()
+    }
+
     /// Adds the block to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step, routing: &mut Routing) {
         let MoeShape { n_embd, n_experts, n_used, n_ff, n_ff_shared, rms_eps } = self.shape;

@@ -71,6 +71,11 @@ impl Projection {
         Forms::of(self.matrix.ty())
     }
 
+    /// Bytes of matrix and bias.
+    pub fn n_bytes(&self) -> usize {
+        self.matrix.n_bytes() + size_of_val(&*self.bias)
+    }
+
     /// Rows of the output.
     pub fn n_out(&self) -> usize {
         self.matrix.n_rows()
