@@ -15,6 +15,8 @@ mod suite {
     mod files;
     /// Whole models give the logits of the independent oracle, in every arithmetic, chunking and batch.
     mod golden;
+    /// The same on a GPU, and its decode graph.
+    mod golden_cuda;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
     /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.

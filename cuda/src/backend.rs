@@ -115,6 +115,17 @@ impl Op {
         })
     }
 
+    fn kind(&self) -> &'static str {
+        match self {
+            Op::Embed(_) => "embed",
+            Op::Attention(_) => "attention",
+            Op::DeltaNet(_) => "delta_net",
+            Op::Ffn(_) => "ffn",
+            Op::Moe(_) => "moe",
+            Op::Head(_) => "head",
+        }
+    }
+
     /// Queues a step of the block; for Head, logits of the first [`LOGIT_ROWS`] wanted rows at most.
     fn launch(&self, step: &Step) -> Result<(), Error> {
         match self {
@@ -415,7 +426,7 @@ impl Backend {
             state.arena.write(self.layout.wanted, &(0..n as u32).collect::<Vec<_>>())?;
         }
         if !state.graphs.contains_key(&n) {
-            let graph = self.capture(state, n)?;
+            let graph = self.capture(|| self.queue_decode(state, n))?;
             state.graphs.insert(n, graph);
         }
         // SAFETY: the graph's addresses are those of this state's arena and this backend's weights.
@@ -427,13 +438,53 @@ impl Backend {
         Ok(tokens)
     }
 
-    /// Captures the decode step of `n` sequences.
-    fn capture(&self, state: &State, n: usize) -> Result<Graph, Error> {
+    /// Device time in microseconds, and number, of the blocks of each kind in a decode step of one sequence: a graph of
+    /// just these blocks, launched `n` times. For benches; the state's contents are lost.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn time_kinds(&self, state: &mut State, n: usize) -> Result<Vec<(&'static str, usize, f64)>, Error> {
+        self.device.bind()?;
+        state.held.clear();
+        let mut times: Vec<(&'static str, usize, f64)> = Vec::new();
+        for op in &self.ops {
+            match times.iter_mut().find(|t| t.0 == op.kind()) {
+                Some(time) => time.1 += 1,
+                None => times.push((op.kind(), 1, 0.0)),
+            }
+        }
+        for time in &mut times {
+            let graph = self.capture(|| {
+                let mut step = self.step(state);
+                (step.n_tokens, step.n_runs, step.n_wanted) = (1, 1, 1);
+                for (i, op) in self.ops.iter().enumerate().filter(|(_, op)| op.kind() == time.0) {
+                    step.state = self.state_of(state, i);
+                    op.launch(&step)?;
+                }
+                Ok(())
+            })?;
+            for warm in [true, false] {
+                let start = std::time::Instant::now();
+                for _ in 0..n {
+                    // SAFETY: the graph's addresses are those of this state's arena and this backend's weights.
+                    unsafe { result::graph::launch(graph.exec, self.device.stream()) }.during("launching blocks")?;
+                }
+                self.device.wait(time.0)?;
+                if !warm {
+                    time.2 = start.elapsed().as_secs_f64() * 1e6 / n as f64;
+                }
+            }
+        }
+        Ok(times)
+    }
+
+    /// Captures what `queue` queues.
+    fn capture(&self, queue: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
         let stream = self.device.stream();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is valid; the capture is ended below on every path.
         unsafe { result::stream::begin_capture(stream, mode) }.during("capturing a step")?;
-        let queued = self.queue_decode(state, n);
+        let queued = queue();
         // SAFETY: as above.
         let graph = unsafe { result::stream::end_capture(stream) };
         queued?;
