@@ -77,6 +77,8 @@ KERNEL __launch_bounds__(128) attention_prepare(const AttentionArgs a) {
     __shared__ float shared[4][D];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.x * 4 + warp;
     const u64 t = blockIdx.y;
+    let_next_start();
+    wait_for_inputs();
     if (head >= N_HEADS + 2 * N_KV_HEADS) return;
     const Row row = a.rows[t];
     float* x = shared[warp];
@@ -136,6 +138,8 @@ KERNEL __launch_bounds__(WARPS * WARP) attention_split(const AttentionArgs a) {
     const int kv = blockIdx.y / PER_KV, first_head = kv * GROUP + blockIdx.y % PER_KV * HEADS;
     const int n_heads = min(HEADS, (kv + 1) * GROUP - first_head);
     const u64 t = blockIdx.z;
+    let_next_start();
+    wait_for_inputs();
     const Row row = a.rows[t];
     const int length = row.position + 1;
     // Positions of a split: a multiple of CHUNK, so that short contexts use few blocks.
@@ -221,6 +225,8 @@ KERNEL __launch_bounds__(WARPS * WARP) attention_split(const AttentionArgs a) {
 KERNEL attention_combine(const AttentionArgs a) {
     const int head = blockIdx.x, i = threadIdx.x;
     const u64 t = blockIdx.y;
+    let_next_start();
+    wait_for_inputs();
     const int length = a.rows[t].position + 1;
     const int chunk = (length + N_SPLITS * CHUNK - 1) / (N_SPLITS * CHUNK) * CHUNK, n = (length + chunk - 1) / chunk;
     const float* part = a.parts + (t * N_HEADS + head) * N_SPLITS * (D + 2);

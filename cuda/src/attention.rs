@@ -5,7 +5,7 @@ use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
 use crate::error::Error;
 use crate::gemv::Gemv;
-use crate::ops::{DeviceWeight, Linker, Norm, Options, Step};
+use crate::ops::{DeviceWeight, Linker, Norm, Options, PART_ROWS, Row, Step};
 use tandem_spec::{Attention, AttentionShape, KvDtype, RopeStyle};
 
 /// Positions of the shortest part of the context.
@@ -130,13 +130,25 @@ impl AttentionOp {
             eps: s.rms_eps,
         };
         let n_heads = s.n_heads + 2 * s.n_kv_heads;
-        // SAFETY: buffers hold `n` rows; slots and positions were checked against the caches when the batch was built.
+        // SAFETY: buffers hold `n` rows; slots and positions were checked against the caches when the batch was built; all
+        // three kernels wait for their inputs.
         unsafe {
-            self.prepare.launch(device, Launch::grid(n_heads.div_ceil(4), n, 1, 128), &args)?;
-            let blocks = s.n_kv_heads * blocks_per_kv(s);
-            self.split.launch(device, Launch::grid(self.n_splits, blocks, n, 128), &args)?;
-            let threads = s.head_dim.next_multiple_of(32);
-            self.combine.launch(device, Launch::grid(s.n_heads, n, 1, threads), &args)?;
+            self.prepare.launch_early(device, Launch::grid(n_heads.div_ceil(4), n, 1, 128), &args)?;
+            for first in (0..n).step_by(PART_ROWS) {
+                let (rows, out) = (PART_ROWS.min(n - first), first * s.n_heads * s.head_dim);
+                let part = AttentionArgs {
+                    rows: args.rows.offset(first * size_of::<Row>()),
+                    q: args.q.offset(first * b.attn_q.weight.n_rows * 4),
+                    out: only(!as_codes, step.mixed.x.offset(out * 4)),
+                    codes: only(as_codes, step.mixed.codes.offset(out)),
+                    heads: step.mixed.heads.offset(out / 32 * 8),
+                    ..args
+                };
+                let blocks = s.n_kv_heads * blocks_per_kv(s);
+                self.split.launch_early(device, Launch::grid(self.n_splits, blocks, rows, 128), &part)?;
+                let threads = s.head_dim.next_multiple_of(32);
+                self.combine.launch_early(device, Launch::grid(s.n_heads, rows, 1, threads), &part)?;
+            }
         }
         if let Some(quantise) = &self.quantise {
             quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;

@@ -281,6 +281,7 @@ impl Backend {
     pub fn state(&self) -> Result<State, Error> {
         let arena = Arena::new(&self.device, "states and buffers", self.layout.bytes(), self.planned)?;
         arena.fill(self.layout.routed[1], 0)?;
+        arena.fill(self.layout.done, 0)?;
         for range in self.layout.sampled {
             arena.fill(range, 0)?;
         }

@@ -35,6 +35,20 @@ DEVICE u16 float_to_bf16(float f) {
     return (u16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+// Launches of a step overlap where the chip can: a kernel lets the next one start, and that one waits here before it
+// touches anything but weights. Kernels without these calls run one after the other.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Weights are read once: past the L1, marked to leave the L2 first.
 DEVICE uint4 load_weights(const uint4* p) {
     uint4 v;

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("common.cuh")),
     ("quant.cuh", include_str!("quant.cuh")),
+    ("rows.cuh", include_str!("rows.cuh")),
     ("matrix.cuh", include_str!("matrix.cuh")),
     ("unit.cuh", include_str!("unit.cuh")),
 ];
@@ -306,7 +307,7 @@ impl Function {
         Self { handle: std::ptr::null_mut(), max_shared: 0 }
     }
 
-    /// Queues the kernel on the device's stream.
+    /// Queues the kernel on the device's stream, after everything queued before.
     ///
     /// # Errors
     /// What the driver says.
@@ -315,23 +316,50 @@ impl Function {
     /// `args` must be the struct that this kernel takes, every pointer in it must be valid for what the kernel
     /// reads and writes with this grid, until the stream has passed it.
     pub unsafe fn launch<A: Args>(&self, device: &Device, launch: Launch, args: &A) -> Result<(), Error> {
+        // SAFETY: as the caller vouches; the kernel starts when its inputs are there.
+        unsafe { self.launch_with(device, launch, args, false) }
+    }
+
+    /// As [`Function::launch`], but the kernel may start while the one before still runs, where the chip can do that.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As [`Function::launch`]; every thread of the kernel must call `wait_for_inputs` before it touches memory that
+    /// any kernel writes.
+    pub unsafe fn launch_early<A: Args>(&self, device: &Device, launch: Launch, args: &A) -> Result<(), Error> {
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch_with(device, launch, args, device.can_launch_early()) }
+    }
+
+    unsafe fn launch_with<A: Args>(&self, device: &Device, launch: Launch, args: &A, early: bool) -> Result<(), Error> {
         debug_assert!(launch.shared <= self.max_shared, "{launch:?}");
         if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
             return Ok(());
         }
         let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: launch.grid.2,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: device.stream(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(early),
+        };
         // SAFETY: the caller vouches for the arguments; the driver copies them before it returns.
-        unsafe {
-            result::launch_kernel(
-                self.handle,
-                launch.grid,
-                (launch.threads, 1, 1),
-                launch.shared,
-                device.stream(),
-                &mut params,
-            )
-        }
-        .during("launching a kernel")
+        unsafe { sys::cuLaunchKernelEx(&config, self.handle, params.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .during("launching a kernel")
     }
 }
 

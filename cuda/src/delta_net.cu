@@ -52,12 +52,22 @@ DEVICE int key(int p, int j) { return VECTOR ? (j / 4) * 16 + p * 4 + j % 4 : j 
 
 // Grid (N_V_HEADS, n_sequences).
 KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
-    __shared__ float q[128], k[128], v[128], scratch[33];
+    __shared__ __align__(16) float q[128], k[128], v[128], scratch[33];
     const int n = blockIdx.x, tid = threadIdx.x, lane = tid % WARP;
+    let_next_start();
+    // What no kernel writes is loaded before the wait, what follows the barriers right after it.
+    const int kind = tid / 128, i = tid % 128;
+    const bool mine = kind < 3 && i < S;
+    const float decay_rate = a.a[n], decay_bias = a.dt[n], norm = tid < S ? a.norm[tid] : 0.0f;
+    wait_for_inputs();
     const Sequence s = a.sequences[blockIdx.y];
     const int k_head = TILED ? n % N_K_HEADS : n / (N_V_HEADS / N_K_HEADS);
     const int row = tid / 4, part = tid % 4;
     float* state = a.state + (((u64)s.slot * N_V_HEADS + n) * S + row) * S;
+    const int channel = mine ? (kind == 0 ? k_head : kind == 1 ? N_K_HEADS + k_head : 2 * N_K_HEADS + n) * S + i : 0;
+    float taps[TAPS];
+#pragma unroll
+    for (int j = 0; j < TAPS; j++) taps[j] = a.conv[channel * TAPS + j];
     float m[KEYS];
     if (row < S && s.position > 0) {
 #pragma unroll
@@ -75,16 +85,16 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
     }
     for (int t = 0; t < (int)s.n_tokens; t++) {
         const u64 token = s.first_row + t;
+        const float z = tid < S ? a.z[token * N_VALUE + n * S + tid] : 0.0f;
+        const float beta = sigmoid(a.beta[token * N_V_HEADS + n]);
+        const float decay = __expf(decay_rate * softplus(a.alpha[token * N_V_HEADS + n] + decay_bias));
         // 3 S channels: q, k, v.
         float c = 0.0f;
-        const int kind = tid / 128, i = tid % 128;
-        const bool mine = kind < 3 && i < S;
         if (mine) {
-            const int channel = (kind == 0 ? k_head : kind == 1 ? N_K_HEADS + k_head : 2 * N_K_HEADS + n) * S + i;
             const float current = input(a, s, t, 0, channel);
-            c = a.conv[channel * TAPS + TAPS - 1] * current;
+            c = taps[TAPS - 1] * current;
 #pragma unroll
-            for (int j = 1; j < TAPS; j++) c += a.conv[channel * TAPS + TAPS - 1 - j] * input(a, s, t, j, channel);
+            for (int j = 1; j < TAPS; j++) c += taps[TAPS - 1 - j] * input(a, s, t, j, channel);
             c = silu(c);
             // Longer runs leave this to delta_ring: other blocks may still read the entries.
             if (s.n_tokens == 1)
@@ -102,8 +112,6 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
                 else k[i] = c * unit;
             }
         }
-        const float beta = sigmoid(a.beta[token * N_V_HEADS + n]);
-        const float decay = expf(a.a[n] * softplus(a.alpha[token * N_V_HEADS + n] + a.dt[n]));
         __syncthreads();
         // Both reads in one pass: M^T k, and M^T q corrected by d (k . q).
         float mk = 0.0f, mq = 0.0f, kq = 0.0f;
@@ -138,7 +146,7 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
         const float sum = block_sum(oi * oi, scratch);
         if (tid / WARP * WARP < S) {
             const u64 at = token * N_VALUE + n * S + tid;
-            const float y = tid < S ? oi * rsqrtf(sum / (float)S + a.eps) * a.norm[tid] * silu(a.z[at]) : 0.0f;
+            const float y = tid < S ? oi * rsqrtf(sum / (float)S + a.eps) * norm * silu(z) : 0.0f;
             if (a.out && tid < S) a.out[at] = y;
             if (a.codes) quantise_unit(y, a.codes + token * N_VALUE, a.heads + token * (N_VALUE / 32), n * S + tid);
         }
@@ -156,6 +164,7 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
 // The ring after runs of several tokens. Grid (ceil(N_CHANNELS / 256), n_sequences).
 KERNEL delta_ring(const DeltaArgs a) {
     const int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    wait_for_inputs();
     const Sequence s = a.sequences[blockIdx.y];
     if (channel >= N_CHANNELS || s.n_tokens == 1) return;
     for (int t = max(0, (int)s.n_tokens - TAPS); t < (int)s.n_tokens; t++)

@@ -103,10 +103,10 @@ impl DeltaNetOp {
         };
         // SAFETY: buffers hold `n` rows; states hold every slot, and slots were checked when the batch was built.
         unsafe {
-            self.step.launch(device, Launch::grid(s.n_v_heads, step.n_runs, 1, 512), &args)?;
+            self.step.launch_early(device, Launch::grid(s.n_v_heads, step.n_runs, 1, 512), &args)?;
             if step.has_long_runs {
                 let launch = Launch::grid(s.n_channels().div_ceil(256), step.n_runs, 1, 256);
-                self.ring.launch(device, launch, &args)?;
+                self.ring.launch_early(device, launch, &args)?;
             }
         }
         if let Some(quantise) = &self.quantise {

@@ -41,8 +41,8 @@ pub fn probe() -> Result<Vec<GpuInfo>, Error> {
     (0..n as usize).map(|i| Device::open(i)?.info()).collect()
 }
 
-/// Loads and initialises the driver.
-fn init() -> Result<(), Error> {
+/// Loads and initialises the driver; returns its CUDA version.
+fn init() -> Result<i32, Error> {
     // SAFETY: only looks whether the driver library can be loaded.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NoDriver);
@@ -61,7 +61,7 @@ fn init() -> Result<(), Error> {
             needed: "12.0",
         });
     }
-    Ok(())
+    Ok(version)
 }
 
 /// One GPU with its context and the stream on which every kernel runs.
@@ -72,6 +72,7 @@ pub struct Device {
     stream: sys::CUstream,
     n_sms: usize,
     compute_capability: (i32, i32),
+    driver_version: i32,
 }
 
 // SAFETY: driver handles may be used from any thread; `bind` makes the context current there first.
@@ -85,7 +86,7 @@ impl Device {
     /// # Errors
     /// No driver, no such GPU, a GPU older than Turing (7.5), or what the driver says.
     pub fn open(ordinal: usize) -> Result<Self, Error> {
-        init()?;
+        let driver_version = init()?;
         let device = result::device::get(ordinal as i32).during("opening a GPU")?;
         // SAFETY: `device` was just returned by the driver.
         let attribute = |a| unsafe { result::device::get_attribute(device, a) }.during("asking a GPU attribute");
@@ -110,7 +111,7 @@ impl Device {
                 return Err(Error::Driver { call: "creating a stream", reason: describe(e) });
             }
         };
-        Ok(Self { ordinal, device, context, stream, n_sms, compute_capability: (major, minor) })
+        Ok(Self { ordinal, device, context, stream, n_sms, compute_capability: (major, minor), driver_version })
     }
 
     /// What the planner needs to know; free memory is read now.
@@ -152,6 +153,11 @@ impl Device {
     /// Compute capability `(major, minor)`.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.compute_capability
+    }
+
+    /// Whether a kernel may start before the one ahead of it has ended: Hopper and later, and a driver that captures it.
+    pub(crate) fn can_launch_early(&self) -> bool {
+        self.compute_capability >= (9, 0) && self.driver_version >= 12040
     }
 
     /// The stream of all kernels.

@@ -11,8 +11,8 @@ use tandem_spec::Linear;
 
 /// Tokens of one launch of the wide variant.
 const MANY: usize = 8;
-/// Warps of a block.
-const WARPS: usize = 4;
+/// Most warps that share the columns of a row.
+const MAX_SPLIT: usize = 16;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -23,9 +23,9 @@ struct Segment {
     bias: Ptr,
     n_blocks: u64,
     n_rows: u32,
-    stride: u32,
     first_block: u32,
     add: u32,
+    pad: u32,
 }
 
 #[repr(C)]
@@ -37,6 +37,7 @@ struct GemvArgs {
     x: Ptr,
     codes_out: Ptr,
     heads_out: Ptr,
+    done: Ptr,
     n_tokens: u32,
     pad: u32,
 }
@@ -50,21 +51,53 @@ const NO_SEGMENT: Segment = Segment {
     bias: Ptr::NULL,
     n_blocks: 0,
     n_rows: 0,
-    stride: 0,
     first_block: u32::MAX,
     add: 0,
+    pad: 0,
 };
 
-/// Rows a warp takes and warps that share a row's inputs, for `n_rows` rows of `k` inputs.
-fn shape(n_rows: usize, k: usize, n_sms: usize) -> (usize, usize) {
-    let units = k.div_ceil(1024);
-    // Enough warps to fill the chip (32 per multiprocessor) before rows are shared by the lanes' loads.
-    let rows = if n_rows >= 4 * 16 * n_sms { 4 } else { 2 };
-    let mut split = 1;
-    while split < WARPS && split < units && n_rows / rows * split < 32 * n_sms {
-        split *= 2;
+/// How a grid covers a matrix.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Rows of a warp.
+    rows: usize,
+    /// Warps that share the columns.
+    split: usize,
+    /// Row groups of a block.
+    groups: usize,
+}
+
+impl Shape {
+    /// For `n_rows` rows of `k` columns, with at most `max_rows` rows a warp: one round of loads for every warp (a round
+    /// is 1024 columns), and 16 warps per multiprocessor before a warp takes more rows.
+    fn new(n_rows: usize, k: usize, n_sms: usize, max_rows: usize) -> Self {
+        let rounds = k.div_ceil(1024).max(1);
+        let split = rounds.div_ceil(rounds.div_ceil(MAX_SPLIT));
+        let mut rows = max_rows;
+        while rows > 1 && n_rows / rows * split < 16 * n_sms {
+            rows /= 2;
+        }
+        Self {
+            rows,
+            split,
+            groups: if split >= 4 {
+                1
+            } else if split >= 2 {
+                2
+            } else {
+                4
+            },
+        }
     }
-    (rows, split)
+
+    /// Rows of a block.
+    fn rows_per_block(&self) -> usize {
+        self.rows * self.groups
+    }
+
+    fn threads(&self) -> usize {
+        self.split * self.groups * 32
+    }
 }
 
 /// The weights' side of the segments, and the types (-1: none).
@@ -78,19 +111,18 @@ fn segments(matrices: &[&Linear<DeviceWeight>]) -> ([Segment; 4], [i32; 4]) {
         segments[i].bias = m.bias.map_or(Ptr::NULL, |w| w.ptr);
         segments[i].n_blocks = m.weight.n_blocks() as u64;
         segments[i].n_rows = m.weight.n_rows as u32;
-        segments[i].stride = m.weight.n_rows as u32;
     }
     (segments, types)
 }
 
-fn program(types: &[i32; 4], k: usize, tokens: usize, rows: usize, split: usize) -> Program {
+fn program(types: &[i32; 4], k: usize, tokens: usize, shape: Shape) -> Program {
     Program::new("gemv.cu", include_str!("gemv.cu"))
         .args::<GemvArgs>("GEMV_ARGS")
         .define("K", k)
         .define("TOKENS", tokens)
-        .define("ROWS", rows)
-        .define("KSPLIT", split)
-        .define("WARPS", WARPS)
+        .define("ROWS", shape.rows)
+        .define("KSPLIT", shape.split)
+        .define("GROUPS", shape.groups)
         .define("TYPE0", types[0])
         .define("TYPE1", types[1])
         .define("TYPE2", types[2])
@@ -102,10 +134,10 @@ pub(crate) struct Gemv {
     segments: [Segment; 4],
     n_segments: usize,
     k: usize,
-    /// Kernel for one token, and rows of a block.
-    one: (Function, usize),
-    /// The same for up to [`MANY`] tokens.
-    many: (Function, usize),
+    /// For one token.
+    one: (Function, Shape),
+    /// For up to [`MANY`] tokens.
+    many: (Function, Shape),
 }
 
 impl Gemv {
@@ -114,11 +146,12 @@ impl Gemv {
         let (segments, types) = segments(matrices);
         let k = matrices[0].weight.n_cols;
         let n_rows: usize = matrices.iter().map(|m| m.weight.n_rows).sum();
-        let (rows, split) = shape(n_rows, k, linker.n_sms);
-        let one = linker.function(program(&types, k, 1, rows, split), "gemv", 0)?;
-        let many = linker.function(program(&types, k, MANY, 2, split), "gemv", 0)?;
-        let per_block = WARPS / split;
-        Ok(Self { segments, n_segments: matrices.len(), k, one: (one, rows * per_block), many: (many, 2 * per_block) })
+        let make = |linker: &mut Linker, tokens, max_rows| {
+            let shape = Shape::new(n_rows, k, linker.n_sms, max_rows);
+            Ok::<_, Error>((linker.function(program(&types, k, tokens, shape), "gemv", 0)?, shape))
+        };
+        let (one, many) = (make(linker, 1, 4)?, make(linker, MANY, 2)?);
+        Ok(Self { segments, n_segments: matrices.len(), k, one, many })
     }
 
     /// `outs[i]` `[n_tokens, n_rows of matrix i]` = (`add`: +=) product of matrix `i` with every token of `input`.
@@ -131,7 +164,7 @@ impl Gemv {
         add: bool,
     ) -> Result<(), Error> {
         assert_eq!(outs.len(), self.n_segments);
-        let (step, (function, rows_per_block)) = if n_tokens == 1 { (1, &self.one) } else { (MANY, &self.many) };
+        let (step, (function, shape)) = if n_tokens == 1 { (1, &self.one) } else { (MANY, &self.many) };
         for first in (0..n_tokens).step_by(step) {
             let mut args = GemvArgs {
                 segment: self.segments,
@@ -140,6 +173,7 @@ impl Gemv {
                 x: input.x.offset(first * self.k * 4),
                 codes_out: Ptr::NULL,
                 heads_out: Ptr::NULL,
+                done: Ptr::NULL,
                 n_tokens: step.min(n_tokens - first) as u32,
                 pad: 0,
             };
@@ -148,10 +182,10 @@ impl Gemv {
                 segment.out = out.offset(first * segment.n_rows as usize * 4);
                 segment.first_block = blocks as u32;
                 segment.add = u32::from(add);
-                blocks += (segment.n_rows as usize).div_ceil(*rows_per_block);
+                blocks += (segment.n_rows as usize).div_ceil(shape.rows_per_block());
             }
             // SAFETY: the weights are whole tensors of the stated types; inputs and outputs hold `n_tokens` rows.
-            unsafe { function.launch(device, Launch::new(blocks, WARPS * 32), &args)? };
+            unsafe { function.launch_early(device, Launch::new(blocks, shape.threads()), &args)? };
         }
         Ok(())
     }
@@ -162,31 +196,36 @@ pub(crate) struct GemvSwiglu {
     segments: [Segment; 4],
     k: usize,
     n_rows: usize,
-    one: Function,
-    many: Function,
+    one: (Function, Shape),
+    many: (Function, Shape),
 }
 
 impl GemvSwiglu {
     /// `gate` and `up` `[n_ff, k]`.
     pub fn new(linker: &mut Linker, gate: &Linear<DeviceWeight>, up: &Linear<DeviceWeight>) -> Result<Self, Error> {
         let (segments, types) = segments(&[gate, up]);
-        let k = gate.weight.n_cols;
-        let one = linker.function(program(&types, k, 1, 4, 1), "gemv_swiglu", 0)?;
-        let many = linker.function(program(&types, k, MANY, 2, 1), "gemv_swiglu", 0)?;
-        Ok(Self { segments, k, n_rows: gate.weight.n_rows, one, many })
+        let (k, n_rows) = (gate.weight.n_cols, gate.weight.n_rows);
+        let make = |linker: &mut Linker, tokens, max_rows| {
+            let shape = Shape::new(2 * n_rows, k, linker.n_sms, max_rows);
+            Ok::<_, Error>((linker.function(program(&types, k, tokens, shape), "gemv_swiglu", 0)?, shape))
+        };
+        let (one, many) = (make(linker, 1, 2)?, make(linker, MANY, 1)?);
+        Ok(Self { segments, k, n_rows, one, many })
     }
 
-    /// `out = silu(gate . input) * (up . input)` `[n_tokens, n_ff]`: as codes if `quantised`, else as floats.
+    /// `out = silu(gate . input) * (up . input)` `[n_tokens, n_ff]`, as floats and, if `quantised`, as codes. `done`
+    /// `[n_ff / 32]` u32 is zero, before and after.
     pub fn launch(
         &self,
         device: &Device,
         input: &Input,
         out: &Input,
+        done: Ptr,
         n_tokens: usize,
         quantised: bool,
     ) -> Result<(), Error> {
         assert!(!quantised || self.n_rows.is_multiple_of(32), "quantised rows are whole units");
-        let (step, function) = if n_tokens == 1 { (1, &self.one) } else { (MANY, &self.many) };
+        let (step, (function, shape)) = if n_tokens == 1 { (1, &self.one) } else { (MANY, &self.many) };
         for first in (0..n_tokens).step_by(step) {
             let out_at = first * self.n_rows;
             let codes_or_null = |p: Ptr, bytes: usize| if quantised { p.offset(bytes) } else { Ptr::NULL };
@@ -197,12 +236,19 @@ impl GemvSwiglu {
                 x: input.x.offset(first * self.k * 4),
                 codes_out: codes_or_null(out.codes, out_at),
                 heads_out: codes_or_null(out.heads, out_at / 32 * 8),
+                done,
                 n_tokens: step.min(n_tokens - first) as u32,
                 pad: 0,
             };
             args.segment[0].out = out.x.offset(out_at * 4);
             // SAFETY: the weights are whole tensors of the stated types; inputs and outputs hold `n_tokens` rows.
-            unsafe { function.launch(device, Launch::new(self.n_rows.div_ceil(32), 256), &args)? };
+            unsafe {
+                function.launch_early(
+                    device,
+                    Launch::new(self.n_rows.div_ceil(shape.rows_per_block()), shape.threads()),
+                    &args,
+                )?
+            };
         }
         Ok(())
     }

@@ -63,6 +63,6 @@ impl HeadOp {
         };
         let blocks = self.n_vocab.div_ceil(1024).clamp(1, 128);
         // SAFETY: logits, rows and runs hold `n_tokens` rows; the scratch starts as zero and is left so.
-        unsafe { self.argmax.launch(step.device, Launch::grid(blocks, step.n_tokens, 1, 256), &args) }
+        unsafe { self.argmax.launch_early(step.device, Launch::grid(blocks, step.n_tokens, 1, 256), &args) }
     }
 }

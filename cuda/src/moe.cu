@@ -3,7 +3,7 @@
 // weighted sum onto the residual stream. Reads the chosen experts' weights once.
 // Set by the compiler: N (width), N_EXPERTS, N_USED, N_FF, N_FF_SHARED (0: none), TYPE_GATE, TYPE_UP, TYPE_DOWN and the
 // same of the shared expert (TYPE_GATE_S ...).
-#include "quant.cuh"
+#include "rows.cuh"
 
 struct Expert {
     const u8* weight;      // planes of [n_experts * n_out, n_in]
@@ -19,41 +19,50 @@ struct MoeArgs {
     const float* gate_shared;  // [N], or null
     Expert gate, up, down, gate_s, up_s, down_s;
     float* logits;         // [n_tokens, N_EXPERTS + 1]
-    u32* done;             // [n_tokens]: blocks that have finished; zero before and after
+    u32* done;             // [n_tokens]: blocks of the router that have finished; zero before and after
     u32* ids;              // [n_tokens, N_USED]
     float* weights;        // [n_tokens, N_USED + 1]; the last is the shared expert's
-    float* act;            // [n_tokens, N_USED + 1, FF_STRIDE], for float down matrices
-    i8* act_codes;         // the same, for quantised ones
+    u32* units;            // [n_tokens, N_USED + 1, FF_STRIDE / 32]: blocks that have finished a unit; likewise
+    float* act;            // [n_tokens, N_USED + 1, FF_STRIDE]
+    i8* act_codes;         // the same, for quantised down matrices
     Q8Head* act_heads;     // [n_tokens, N_USED + 1, FF_STRIDE / 32]
     float* x;              // [n_tokens, N]
 };
 static_assert(sizeof(MoeArgs) == MOE_ARGS, "MoeArgs differs from moe.rs");
 
+#define PER_LANE ((N_EXPERTS + WARP - 1) / WARP)
 #define FF_MAX (N_FF > N_FF_SHARED ? N_FF : N_FF_SHARED)
 #define FF_STRIDE ((FF_MAX + 31) / 32 * 32)
 
-// Grid (ceil((N_EXPERTS + 1) / 8), n_tokens): a warp per expert; the last block of a token chooses.
-KERNEL __launch_bounds__(256) moe_route(const MoeArgs a) {
+// Grid (ceil((N_EXPERTS + 1) / ROUTE_ROWS), n_tokens): two warps per expert; the last block of a token chooses.
+#define ROUTE_ROWS 2
+KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     __shared__ bool last;
-    __shared__ float p[N_EXPERTS];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, e = blockIdx.x * 8 + warp;
+    __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS * 2];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, e = blockIdx.x * ROUTE_ROWS + warp / 2;
     const u64 t = blockIdx.y;
+    let_next_start();
+    wait_for_inputs();
     float* logits = a.logits + t * (N_EXPERTS + 1);
-    if (e < N_EXPERTS || (e == N_EXPERTS && a.gate_shared)) {
+    const bool is_row = e < N_EXPERTS || (e == N_EXPERTS && a.gate_shared);
+    float sum = 0.0f;
+    if (is_row) {
         const float* w = e < N_EXPERTS ? a.router + (u64)e * N : a.gate_shared;
         const float* h = a.h + t * N;
-        float sum = 0.0f;
         if constexpr (N % 4 == 0) {
-            for (int i = lane; i < N / 4; i += WARP) {
+#pragma unroll 8
+            for (int i = warp % 2 * WARP + lane; i < N / 4; i += 2 * WARP) {
                 const float4 x = reinterpret_cast<const float4*>(w)[i], y = reinterpret_cast<const float4*>(h)[i];
                 sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
             }
         } else {
-            for (int i = lane; i < N; i += WARP) sum += w[i] * h[i];
+            for (int i = warp % 2 * WARP + lane; i < N; i += 2 * WARP) sum += w[i] * h[i];
         }
-        sum = warp_sum(sum);
-        if (lane == 0) logits[e] = sum;
     }
+    sum = warp_sum(sum);
+    if (lane == 0) halves[warp] = sum;
+    __syncthreads();
+    if (is_row && lane == 0 && warp % 2 == 0) logits[e] = halves[warp] + halves[warp + 1];
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(a.done + t, 1u) == gridDim.x - 1;
@@ -70,15 +79,18 @@ KERNEL __launch_bounds__(256) moe_route(const MoeArgs a) {
     best = warp_max(best);
     for (int i = lane; i < N_EXPERTS; i += WARP) total += __expf(p[i] - best);
     total = warp_sum(total);
-    float chosen_sum = 0.0f, mine = 0.0f;
-    for (int j = 0; j < N_USED; j++) {
-        // Largest logit, ties to the lower index.
+    float chosen_sum = 0.0f, mine = 0.0f, left[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) left[j] = j * WARP + lane < N_EXPERTS ? p[j * WARP + lane] : -INFINITE;
+    for (int k = 0; k < N_USED; k++) {
+        // Largest logit, ties to the lower index; NaN is never chosen while anything else is left.
         float top = -INFINITE;
         int at = N_EXPERTS;
-        for (int i = lane; i < N_EXPERTS; i += WARP)
-            if (p[i] > top) {
-                top = p[i];
-                at = i;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            if (left[j] > top) {
+                top = left[j];
+                at = j * WARP + lane;
             }
 #pragma unroll
         for (int o = WARP / 2; o > 0; o >>= 1) {
@@ -91,111 +103,140 @@ KERNEL __launch_bounds__(256) moe_route(const MoeArgs a) {
         }
         const float w = __expf(top - best) / total;
         chosen_sum += w;
-        if (lane == j) mine = w;
-        if (lane == 0) a.ids[t * N_USED + j] = min(at, N_EXPERTS - 1);
-        if (lane == at % WARP && at < N_EXPERTS) p[at] = -INFINITE;
-        __syncwarp();
+        if (lane == k) mine = w;
+        if (lane == 0) a.ids[t * N_USED + k] = min(at, N_EXPERTS - 1);
+#pragma unroll
+        for (int j = 0; j < PER_LANE; j++)
+            if (at == j * WARP + lane) left[j] = -INFINITE;
     }
     static_assert(N_USED < WARP, "one lane per chosen expert");
     if (lane < N_USED) a.weights[t * (N_USED + 1) + lane] = mine / fmaxf(chosen_sum, 0.00006103515625f);
     if (lane == N_USED) a.weights[t * (N_USED + 1) + lane] = a.gate_shared ? sigmoid(__ldcg(logits + N_EXPERTS)) : 1.0f;
 }
 
-// This lane's part of R rows . x, over K inputs; x as codes or floats, as the type asks.
-template <int TY, int K, int R> DEVICE void rows_dot(const Expert& w, u64 row, u64 last, const i8* codes, const Q8Head* heads,
-                                                     const float* x, int part, int parts, float factor, float (&acc)[R]) {
-    const int lane = threadIdx.x % WARP;
-    if constexpr (is_float(TY)) {
-        for (int i = part * WARP + lane; i < K; i += parts * WARP) {
-            const float xi = x[i] * factor;
-#pragma unroll
-            for (int r = 0; r < R; r++) acc[r] += value<TY>(w.weight, w.n_blocks, min(row + r, last) * K + i) * xi;
-        }
-    } else {
-        typedef Quant<TY> Q;
-        constexpr int UNITS = K / 32;
-        for (int u = part * WARP + lane; u < UNITS; u += parts * WARP) {
-            typename Q::Raw raw[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) raw[r] = Q::load(w.weight, w.n_blocks, min(row + r, last) * UNITS + u);
-            const int4* p = reinterpret_cast<const int4*>(codes) + 2 * u;
-            const int4 lo = p[0], hi = p[1];
-            Q8Head head = heads[u];
-            head.d *= factor;
-            const int xs[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                Unit unit;
-                Q::expand(raw[r], min(row + r, last) * UNITS + u, unit);
-                acc[r] += dot<TY>(unit, xs, head);
-            }
-        }
-    }
-}
+#define KSPLIT (N >= 4096 ? 4 : N >= 2048 ? 2 : 1)
+#define GROUPS (4 / KSPLIT)
+#define ROWS 2
+#define OUTPUTS (GROUPS * ROWS)
 
-template <int TG, int TU, int FF> DEVICE void gate_up(const MoeArgs& a, const Expert& gate, const Expert& up, u32 e, float (*act)[32]) {
-    constexpr int R = 4;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u64 t = blockIdx.z, first = (u64)e * FF, row = blockIdx.x * 32 + warp * R;
-    float g[R] = {}, u[R] = {};
-    if (row < FF) {
-        const i8* codes = a.codes + t * N;
-        const Q8Head* heads = a.heads + t * (N / 32);
-        const float* h = a.h + t * N;
-        rows_dot<TG, N, R>(gate, first + row, first + FF - 1, codes, heads, h, 0, 1, 1.0f, g);
-        rows_dot<TU, N, R>(up, first + row, first + FF - 1, codes, heads, h, 0, 1, 1.0f, u);
-    }
-    const float gate_scale = gate.scale ? gate.scale[e] : 1.0f, up_scale = up.scale ? up.scale[e] : 1.0f;
+template <int TG, int TU, int FF> DEVICE void gate_up(const MoeArgs& a, const Expert& gate, const Expert& up, u32 e, bool quantised) {
+    __shared__ float shared[4][2][ROWS];
+    __shared__ bool last;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = warp % KSPLIT;
+    const u64 t = blockIdx.z, first = (u64)e * FF, row = blockIdx.x * OUTPUTS + warp / KSPLIT * ROWS;
+    Rows<TG, N, ROWS, KSPLIT> g;
+    Rows<TU, N, ROWS, KSPLIT> u;
+    g.start(gate.weight, gate.n_blocks, first + row, first + FF - 1, part);
+    u.start(up.weight, up.n_blocks, first + row, first + FF - 1, part);
+    const Activations in = {a.codes + t * N, a.heads + t * (N / 32), a.h + t * N};
+    float acc[ROWS][1] = {};
+    g.finish(in, 1, acc);
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        const float gr = warp_sum(g[r]) * gate_scale, ur = warp_sum(u[r]) * up_scale;
-        if (lane == 0) act[0][warp * R + r] = row + r < FF ? silu(gr) * ur : 0.0f;
+    for (int r = 0; r < ROWS; r++) {
+        const float sum = warp_sum(acc[r][0]);
+        if (lane == 0) shared[warp][0][r] = sum;
+        acc[r][0] = 0.0f;
+    }
+    u.finish(in, 1, acc);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float sum = warp_sum(acc[r][0]);
+        if (lane == 0) shared[warp][1][r] = sum;
     }
     __syncthreads();
-    if (warp != 0) return;
     const u64 at = (t * (N_USED + 1) + blockIdx.y) * FF_STRIDE;
-    const int i = blockIdx.x * 32 + lane;
-    a.act[at + i] = act[0][lane];
-    quantise_unit(act[0][lane], a.act_codes + at, a.act_heads + at / 32, i);
+    const u32 unit = blockIdx.x * OUTPUTS / 32;
+    if (part == 0 && lane < ROWS) {
+        float gr = 0.0f, ur = 0.0f;
+#pragma unroll
+        for (int p = 0; p < KSPLIT; p++) {
+            gr += shared[warp + p][0][lane];
+            ur += shared[warp + p][1][lane];
+        }
+        if (gate.scale) gr *= gate.scale[e];
+        if (up.scale) ur *= up.scale[e];
+        __stcg(a.act + at + row + lane, row + lane < FF ? silu(gr) * ur : 0.0f);
+    }
+    if (!quantised) return;
+    __threadfence();
+    __syncthreads();
+    u32* done = a.units + at / 32 + unit;
+    if (threadIdx.x == 0) last = atomicAdd(done, 1u) == 32 / OUTPUTS - 1;
+    __syncthreads();
+    if (!last || warp != 0) return;
+    __threadfence();
+    if (lane == 0) *done = 0;
+    quantise_unit(__ldcg(a.act + at + unit * 32 + lane), a.act_codes + at, a.act_heads + at / 32, unit * 32 + lane);
 }
 
-// Grid (FF_STRIDE / 32, N_USED + (N_FF_SHARED > 0), n_tokens): 32 outputs of one expert.
-KERNEL __launch_bounds__(256) moe_gate_up(const MoeArgs a) {
-    __shared__ float act[1][32];
+// Grid (FF_STRIDE / OUTPUTS, N_USED + (N_FF_SHARED > 0), n_tokens): a few outputs of one expert; the last block of a
+// unit of 32 quantises it.
+KERNEL __launch_bounds__(128) moe_gate_up(const MoeArgs a) {
+    let_next_start();
+    wait_for_inputs();
 #if N_FF_SHARED > 0
     if (blockIdx.y == N_USED) {
-        if (blockIdx.x * 32 < N_FF_SHARED) gate_up<TYPE_GATE_S, TYPE_UP_S, N_FF_SHARED>(a, a.gate_s, a.up_s, 0, act);
+        if (blockIdx.x * OUTPUTS < (N_FF_SHARED + 31) / 32 * 32)
+            gate_up<TYPE_GATE_S, TYPE_UP_S, N_FF_SHARED>(a, a.gate_s, a.up_s, 0, !is_float(TYPE_DOWN_S));
         return;
     }
 #endif
-    if (blockIdx.x * 32 < N_FF) gate_up<TYPE_GATE, TYPE_UP, N_FF>(a, a.gate, a.up, a.ids[blockIdx.z * N_USED + blockIdx.y], act);
+    if (blockIdx.x * OUTPUTS < (N_FF + 31) / 32 * 32)
+        gate_up<TYPE_GATE, TYPE_UP, N_FF>(a, a.gate, a.up, a.ids[blockIdx.z * N_USED + blockIdx.y], !is_float(TYPE_DOWN));
 }
 
 #define DOWN_ROWS 2
 #define DOWN_WARPS 4
 
-// Grid (ceil(N / DOWN_ROWS), n_tokens): the warps of a block share the experts of its rows.
+// Rows `row` .. of `n` experts (ids, or expert 0) against their activations, whose units the lanes take in one sequence.
+template <int TY, int FF> DEVICE void down(const Expert& w, const u32* ids, int n, u64 row, const float* weights, const MoeArgs& a,
+                                           u64 at, float (&acc)[DOWN_ROWS]) {
+    constexpr int CHUNKS = is_float(TY) ? FF : FF / 32;
+    for (int i = threadIdx.x; i < n * CHUNKS; i += DOWN_WARPS * WARP) {
+        const int j = i / CHUNKS, c = i % CHUNKS;
+        const u32 e = ids ? ids[j] : 0;
+        const float factor = weights[j] * (w.scale ? w.scale[e] : 1.0f);
+        const u64 from = at + (u64)j * FF_STRIDE;
+        u64 rows[DOWN_ROWS];
+#pragma unroll
+        for (int r = 0; r < DOWN_ROWS; r++) rows[r] = (u64)e * N + min(row + r, (u64)N - 1);
+        if constexpr (is_float(TY)) {
+            const float x = a.act[from + c] * factor;
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; r++) acc[r] += value<TY>(w.weight, w.n_blocks, rows[r] * FF + c) * x;
+        } else {
+            typedef Quant<TY> Q;
+            typename Q::Raw raw[DOWN_ROWS];
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; r++) raw[r] = Q::load(w.weight, w.n_blocks, rows[r] * CHUNKS + c);
+            const int4* p = reinterpret_cast<const int4*>(a.act_codes + from) + 2 * c;
+            const int4 lo = p[0], hi = p[1];
+            Q8Head head = a.act_heads[from / 32 + c];
+            head.d *= factor;
+            const int x[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; r++) {
+                Unit unit;
+                Q::expand(raw[r], rows[r] * CHUNKS + c, unit);
+                acc[r] += dot<TY>(unit, x, head);
+            }
+        }
+    }
+}
+
+// Grid (ceil(N / DOWN_ROWS), n_tokens): the threads of a block share the experts of its rows.
 KERNEL __launch_bounds__(DOWN_WARPS * WARP) moe_down(const MoeArgs a) {
     __shared__ float shared[DOWN_WARPS][DOWN_ROWS];
+    let_next_start();
+    wait_for_inputs();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u64 t = blockIdx.y, row = (u64)blockIdx.x * DOWN_ROWS;
+    const u64 t = blockIdx.y, row = (u64)blockIdx.x * DOWN_ROWS, at = t * (N_USED + 1) * FF_STRIDE;
+    const float* weights = a.weights + t * (N_USED + 1);
     float acc[DOWN_ROWS] = {};
-    for (int j = warp; j < N_USED + (N_FF_SHARED > 0); j += DOWN_WARPS) {
-        const u64 at = (t * (N_USED + 1) + j) * FF_STRIDE;
-        const float weight = a.weights[t * (N_USED + 1) + j];
+    down<TYPE_DOWN, N_FF>(a.down, a.ids + t * N_USED, N_USED, row, weights, a, at, acc);
 #if N_FF_SHARED > 0
-        if (j == N_USED) {
-            const float factor = weight * (a.down_s.scale ? a.down_s.scale[0] : 1.0f);
-            rows_dot<TYPE_DOWN_S, N_FF_SHARED, DOWN_ROWS>(a.down_s, row, N - 1, a.act_codes + at, a.act_heads + at / 32, a.act + at,
-                                                          0, 1, factor, acc);
-            continue;
-        }
+    down<TYPE_DOWN_S, N_FF_SHARED>(a.down_s, nullptr, 1, row, weights + N_USED, a, at + N_USED * FF_STRIDE, acc);
 #endif
-        const u32 e = a.ids[t * N_USED + j];
-        const float factor = weight * (a.down.scale ? a.down.scale[e] : 1.0f);
-        rows_dot<TYPE_DOWN, N_FF, DOWN_ROWS>(a.down, (u64)e * N + row, (u64)e * N + N - 1, a.act_codes + at, a.act_heads + at / 32,
-                                             a.act + at, 0, 1, factor, acc);
-    }
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; r++) {
         const float sum = warp_sum(acc[r]);

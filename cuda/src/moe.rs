@@ -37,6 +37,7 @@ struct MoeArgs {
     done: Ptr,
     ids: Ptr,
     weights: Ptr,
+    units: Ptr,
     act: Ptr,
     act_codes: Ptr,
     act_heads: Ptr,
@@ -44,6 +45,15 @@ struct MoeArgs {
 }
 // SAFETY: mirrors MoeArgs in moe.cu, which compares sizes.
 unsafe impl Args for MoeArgs {}
+
+/// Outputs of a block of `moe_gate_up`: two rows per group of warps that share the columns, as KSPLIT in moe.cu.
+fn outputs_per_block(n_embd: usize) -> usize {
+    match n_embd {
+        4096.. => 2,
+        2048.. => 4,
+        _ => 8,
+    }
+}
 
 /// A block with its kernels.
 pub(crate) struct MoeOp {
@@ -111,6 +121,7 @@ impl MoeOp {
             done: step.routed[1],
             ids: step.routed[2],
             weights: step.routed[3],
+            units: step.done,
             act: step.mixed.x,
             act_codes: step.mixed.codes,
             act_heads: step.mixed.heads,
@@ -118,11 +129,13 @@ impl MoeOp {
         };
         let n_shared = usize::from(shared.is_some());
         let width = if shared.is_some() { s.n_ff.max(s.n_ff_shared) } else { s.n_ff };
-        // SAFETY: buffers hold `n` rows; ids lie below `n_experts` whatever the logits are; `done` starts as zero.
+        // SAFETY: buffers hold `n` rows; ids lie below `n_experts` whatever the logits are; the counters start
+        // as zero; all three kernels wait for their inputs.
         unsafe {
-            self.route.launch(device, Launch::grid((s.n_experts + 1).div_ceil(8), n, 1, 256), &args)?;
-            self.gate_up.launch(device, Launch::grid(width.div_ceil(32), s.n_used + n_shared, n, 256), &args)?;
-            self.down.launch(device, Launch::grid(s.n_embd.div_ceil(2), n, 1, 128), &args)
+            self.route.launch_early(device, Launch::grid((s.n_experts + 1).div_ceil(2), n, 1, 128), &args)?;
+            let blocks = width.next_multiple_of(32) / outputs_per_block(s.n_embd);
+            self.gate_up.launch_early(device, Launch::grid(blocks, s.n_used + n_shared, n, 128), &args)?;
+            self.down.launch_early(device, Launch::grid(s.n_embd.div_ceil(2), n, 1, 128), &args)
         }
     }
 }

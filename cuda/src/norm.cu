@@ -25,8 +25,15 @@ KERNEL __launch_bounds__(1024) norm_rows(const NormArgs a) {
     __shared__ float scratch[33];
     constexpr int PER_THREAD = (N + 1023) / 1024;
     const u64 row = blockIdx.x;
+    float v[PER_THREAD], w[PER_THREAD];
+    let_next_start();
+#pragma unroll
+    for (int j = 0; j < PER_THREAD; j++) {
+        const int i = j * blockDim.x + threadIdx.x;
+        w[j] = a.weight && i < N ? a.weight[i] : 1.0f;
+    }
+    wait_for_inputs();
     const float* x = a.x + (a.gather ? (u64)a.gather[row] : row) * N;
-    float v[PER_THREAD];
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
@@ -41,7 +48,7 @@ KERNEL __launch_bounds__(1024) norm_rows(const NormArgs a) {
         const int i = j * blockDim.x + threadIdx.x;
         // Whole warps leave together: N is a multiple of 32 wherever codes are asked for.
         if (i / WARP * WARP >= N) break;
-        const float y = i < N ? v[j] * scale * (a.weight ? a.weight[i] : 1.0f) : 0.0f;
+        const float y = i < N ? v[j] * scale * w[j] : 0.0f;
         if (a.out && i < N) a.out[row * N + i] = y;
         if (a.codes) quantise_unit(y, a.codes + row * N, a.heads + row * (N / 32), i);
     }

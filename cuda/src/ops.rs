@@ -99,6 +99,9 @@ impl InputRanges {
     }
 }
 
+/// Tokens whose parts of attention are held at a time.
+pub(crate) const PART_ROWS: usize = 16;
+
 /// Rows of logits that are computed at a time.
 pub const LOGIT_ROWS: usize = 16;
 
@@ -118,6 +121,7 @@ pub struct StateLayout {
     pub(crate) scratch: Range,
     pub(crate) tables: Range,
     pub(crate) routed: [Range; 4],
+    pub(crate) done: Range,
     pub(crate) logits: Range,
     pub(crate) sampled: [Range; 3],
     total: usize,
@@ -129,7 +133,7 @@ impl StateLayout {
         let Options { n_slots, n_ctx, n_batch, kv } = *options;
         let mut ranges = Ranges::default();
         let (mut n_embd, mut projected, mut mixed, mut parts, mut n_vocab) = (0, 0, 0, 0, 0);
-        let (mut n_experts, mut n_used) = (0, 0);
+        let (mut n_experts, mut n_used, mut done) = (0, 0, 0);
         let mut states = Vec::new();
         for block in blocks {
             let mut state = [Range::default(); 2];
@@ -144,7 +148,7 @@ impl StateLayout {
                     projected = projected.max(if s.gated { 2 * q } else { q } + 2 * s.n_kv_heads * s.head_dim);
                     mixed = mixed.max(q);
                     let splits = crate::attention::n_splits(s, options, n_sms);
-                    parts = parts.max(n_batch * s.n_heads * splits * (s.head_dim + 2));
+                    parts = parts.max(n_batch.min(PART_ROWS) * s.n_heads * splits * (s.head_dim + 2));
                 }
                 Block::DeltaNet(b) => {
                     let s = &b.shape;
@@ -157,13 +161,16 @@ impl StateLayout {
                 Block::Ffn(b) => {
                     n_embd = n_embd.max(b.shape.n_embd);
                     mixed = mixed.max(b.shape.n_ff);
+                    done = done.max(b.shape.n_ff.div_ceil(32));
                 }
                 Block::Moe(b) => {
                     let s = &b.shape;
                     n_embd = n_embd.max(s.n_embd);
                     n_experts = n_experts.max(s.n_experts);
                     n_used = n_used.max(s.n_used);
-                    mixed = mixed.max((s.n_used + 1) * s.n_ff.max(s.n_ff_shared).next_multiple_of(32));
+                    let act = (s.n_used + 1) * s.n_ff.max(s.n_ff_shared).next_multiple_of(32);
+                    mixed = mixed.max(act);
+                    done = done.max(n_batch * act / 32);
                 }
                 Block::Head(b) => {
                     n_embd = n_embd.max(b.shape.n_embd);
@@ -205,6 +212,7 @@ impl StateLayout {
                 ranges.take(routes * n_used * 4),
                 ranges.take(routes * (n_used + 1) * 4),
             ],
+            done: ranges.take(done * 4),
             logits: ranges.take(logit_rows * n_vocab * 4),
             sampled: [ranges.take(n_slots * 8), ranges.take(n_slots * 4), ranges.take(n_slots * 4)],
             total: ranges.total(),
@@ -235,6 +243,8 @@ pub(crate) struct Step<'a> {
     pub mixed: Input,
     pub parts: Ptr,
     pub routed: [Ptr; 4],
+    /// Counters of finished units, zero between kernels.
+    pub done: Ptr,
     pub logits: Ptr,
     /// Keys and values, or ring and recurrent state, of the block at hand.
     pub state: [Ptr; 2],
@@ -259,6 +269,7 @@ impl<'a> Step<'a> {
             mixed: layout.mixed.at(&base),
             parts: base(layout.parts),
             routed: layout.routed.map(&base),
+            done: base(layout.done),
             logits: base(layout.logits),
             state: [Ptr::NULL; 2],
         }
@@ -385,7 +396,7 @@ impl Norm {
         };
         let threads = self.n.next_multiple_of(32).min(1024);
         // SAFETY: `x` and `out` hold `n_rows` rows of `n`; codes are asked for only where `n` is whole units.
-        unsafe { self.function.launch(device, Launch::new(n_rows, threads), &args) }
+        unsafe { self.function.launch_early(device, Launch::new(n_rows, threads), &args) }
     }
 }
 

@@ -35,6 +35,7 @@ KERNEL __launch_bounds__(256) argmax(const ArgmaxArgs a) {
     const u32 row = blockIdx.y;
     const float* logits = a.logits + (u64)row * a.n_vocab;
     u64 best = 0;
+    wait_for_inputs();
     for (u32 i = blockIdx.x * 256 + threadIdx.x; i < a.n_vocab; i += gridDim.x * 256) best = max(best, rank(logits[i], i));
 #pragma unroll
     for (int o = WARP / 2; o > 0; o >>= 1) best = max(best, __shfl_xor_sync(FULL, best, o));
