@@ -12,12 +12,17 @@
 #include "common.cuh"
 #include "matrix.cuh"
 
+// Tokens of a chunk, and blocks of delta_chunk that a multiprocessor holds at a time.
 #if __CUDA_ARCH__ >= 800
 #define C 64
+#define CHUNK_BLOCKS 2
 #else
 #define C 32
+#define CHUNK_BLOCKS 1
 #endif
 #define S HEAD_DIM
+// Threads of delta_chunk and delta_scan.
+#define THREADS 256
 // Widths of tiles in shared memory: S rounded up, the surplus zero.
 #define SP (S <= 16 ? 16 : S <= 32 ? 32 : S <= 64 ? 64 : 128)
 static_assert(S <= 128, "delta-net heads are at most 128 wide here");
@@ -129,13 +134,13 @@ KERNEL __launch_bounds__(256) delta_conv_state(const DeltaPromptArgs a) {
 DEVICE void load_tile(float* tile, int ld, const float* src, u64 stride, int rows, int cols, int cols_padded) {
     if (S % 4 == 0 && cols % 4 == 0) {
         const int per_row = cols_padded / 4;
-        for (int i = threadIdx.x; i < C * per_row; i += 256) {
+        for (int i = threadIdx.x; i < C * per_row; i += THREADS) {
             const int r = i / per_row, c = i % per_row * 4;
             const bool valid = r < rows && c < cols;
             copy_async_16(tile + r * ld + c, valid ? src + r * stride + c : src, valid);
         }
     } else {
-        for (int i = threadIdx.x; i < C * cols_padded; i += 256) {
+        for (int i = threadIdx.x; i < C * cols_padded; i += THREADS) {
             const int r = i / cols_padded, c = i % cols_padded;
             const bool valid = r < rows && c < cols;
             copy_async_4(tile + r * ld + c, valid ? src + r * stride + c : src, valid);
@@ -166,40 +171,43 @@ DEVICE void invert_unit_lower(float* m) {
         for (int i = 0; i < 16; i++) d[i * LDA + j] = t[i];
     }
     __syncthreads();
-    // [T11 0; -T22 A21 T11, T22], from blocks of B to blocks of 2B.
+    // [T11 0; -T22 A21 T11, T22]: pairs of blocks of 16.
 #pragma unroll
-    for (int B = 16; B < C; B *= 2) {
-        constexpr int MAX_PER_THREAD = (C / 2) * (C / 2) / 256 < 2 ? 2 : (C / 2) * (C / 2) / 256;
-        const int n_out = C / (2 * B) * B * B;
+    for (int pass = 0; pass < 2; pass++) {
+        float x[C / 32] = {};
+#pragma unroll
+        for (int pair = 0; pair < C / 32; pair++) {
+            const float* t11 = m + pair * 32 * (LDA + 1);
+            const float* a21 = t11 + 16 * LDA;
+            const float *left = (pass ? a21 + 16 : a21) + tid / 16 * LDA, *right = (pass ? a21 : t11) + tid % 16;
+#pragma unroll
+            for (int k = 0; k < 16; k++) x[pair] += left[k] * right[k * LDA];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int pair = 0; pair < C / 32; pair++)
+            m[pair * 32 * (LDA + 1) + (16 + tid / 16) * LDA + tid % 16] = pass ? -x[pair] : x[pair];
+        __syncthreads();
+    }
+#if __CUDA_ARCH__ >= 800
+    // The same for the pair of blocks of 32.
+    {
+        float* a21 = m + 32 * LDA;
+        Tile<32, 32, 2, 4> t;
 #pragma unroll
         for (int pass = 0; pass < 2; pass++) {
-            float x[MAX_PER_THREAD];
-#pragma unroll
-            for (int q = 0; q < MAX_PER_THREAD; q++) {
-                const int e = tid + q * 256;
-                x[q] = 0.0f;
-                if (e < n_out) {
-                    const int pair = e / (B * B), i = e % (B * B) / B, j = e % B;
-                    const float* base = m + pair * 2 * B * (LDA + 1);
-                    const float* a21 = base + B * LDA;
-                    const float* left = pass ? a21 + B : a21;        // T22, then A21 or what replaced it
-                    const float* right = pass ? a21 : base;
-                    for (int k = 0; k < B; k++) x[q] += left[i * LDA + k] * right[k * LDA + j];
-                }
-            }
+            t.zero();
+            t.template multiply<false, false, 32>(pass ? a21 + 32 : a21, LDA, pass ? a21 : m, LDA);
             __syncthreads();
-#pragma unroll
-            for (int q = 0; q < MAX_PER_THREAD; q++) {
-                const int e = tid + q * 256;
-                if (e < n_out) m[e / (B * B) * 2 * B * (LDA + 1) + (B + e % (B * B) / B) * LDA + e % B] = pass ? -x[q] : x[q];
-            }
+            t.each([&](int i, int j, float& x) { a21[i * LDA + j] = pass ? -x : x; });
             __syncthreads();
         }
     }
+#endif
 }
 
-// Grid (n_chunks, N_V_HEADS), 8 warps, dynamic shared memory delta_chunk_shared.
-KERNEL __launch_bounds__(256) delta_chunk(const DeltaPromptArgs a) {
+// Grid (n_chunks, N_V_HEADS), THREADS threads, dynamic shared memory delta_chunk_shared.
+KERNEL __launch_bounds__(THREADS, CHUNK_BLOCKS) delta_chunk(const DeltaPromptArgs a) {
     extern __shared__ __align__(16) float shared[];
     float* k = shared;               // [C][LDK]
     float* q = k + C * LDK;          // [C][LDK]: q, later v
@@ -255,7 +263,7 @@ KERNEL __launch_bounds__(256) delta_chunk(const DeltaPromptArgs a) {
     invert_unit_lower(m);
     copy_async_wait<0>();
     __syncthreads();
-    for (int i = tid; i < C * SP; i += 256) {
+    for (int i = tid; i < C * SP; i += THREADS) {
         const int r = i / SP, c = i % SP;
         q[r * LDK + c] *= beta[r];
         k[r * LDK + c] *= beta[r] * __expf(sum[r]);
@@ -273,14 +281,14 @@ KERNEL __launch_bounds__(256) delta_chunk(const DeltaPromptArgs a) {
 
 // Value columns of a block of delta_scan.
 #ifndef SCAN_COLUMNS
-#define SCAN_COLUMNS 16
+#define SCAN_COLUMNS 32
 #endif
 #define NV SCAN_COLUMNS
 #define LDN (NV + 8)
 #define LDR ((SP > C ? SP : C) + 4)
 
-// Grid (ceil(S / NV), N_V_HEADS, n_sequences), 8 warps, dynamic shared memory delta_scan_shared.
-KERNEL __launch_bounds__(256) delta_scan(const DeltaPromptArgs a) {
+// Grid (ceil(S / NV), N_V_HEADS, n_sequences), THREADS threads, dynamic shared memory delta_scan_shared.
+KERNEL __launch_bounds__(THREADS, 1) delta_scan(const DeltaPromptArgs a) {
     extern __shared__ __align__(16) float shared[];
     float* ring[2] = {shared, shared + C * LDR};    // [C][LDR] each: W, Q, P, K in turn
     float* m = shared + 2 * C * LDR;                // [SP][LDN]: the state, key by value
@@ -346,7 +354,7 @@ KERNEL __launch_bounds__(256) delta_scan(const DeltaPromptArgs a) {
         __syncthreads();
         load(c + 1, 0, ring[0]);
         const float total = sum[C - 1];
-        for (int i = tid; i < C * NV; i += 256) n[i / NV * LDN + i % NV] *= __expf(total - sum[i / NV]);
+        for (int i = tid; i < C * NV; i += THREADS) n[i / NV * LDN + i % NV] *= __expf(total - sum[i / NV]);
         copy_async_wait<1>();
         __syncthreads();
         const float decay = __expf(total);

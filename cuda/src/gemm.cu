@@ -4,7 +4,7 @@
 // cost: weights go from memory to registers to the matrix unit, the warps of a block split the inputs. gemm_f32: F32 weights and widths that
 // are not whole units of 32, in plain f32. All three take stacks of experts through a table of row tiles.
 // Set by the compiler: TYPE (a GGUF type id), PAIR (gate and up at once, Y = silu(gate) * up as 16-bit), ROWS (rows of a
-// tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32, 1 for decode_rows, which only decodes).
+// tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32 and gemm_f32_tile, 1 for decode_rows, which only decodes).
 #include "unit.cuh"
 
 // `n` rows of X that go through one expert's weights; rows [first, first + n) of Y.
@@ -372,4 +372,60 @@ KERNEL __launch_bounds__(256) gemm_f32(const GemmArgs a) {
             *y = a.add ? *y + v : v;
         }
 }
+#if TYPE == 0
+// The same for many rows, through shared memory and in three tf32 products, which are as good as f32. Grid (ceil(n_out / 64), row tiles of 64), 256 threads.
+KERNEL __launch_bounds__(256) gemm_f32_tile(const GemmArgs a) {
+    constexpr int K = 32, LD = K + 4;
+    __shared__ __align__(16) float ws[2][64 * LD], xs[2][64 * LD];
+    RowTile tile;
+    if (!find_tile(a, 64, tile)) return;
+    const int out0 = blockIdx.x * 64;
+    const float* w = (const float*)a.w + (u64)tile.expert * a.n_out * a.n_in;
+    auto load = [&](int step) {
+        float *to_w = ws[step & 1], *to_x = xs[step & 1];
+        const int k0 = step * K;
+        const bool wide = a.n_in % 4 == 0;
+        const int width = wide ? 4 : 1, per_row = K / width;
+        for (int i = threadIdx.x; i < 64 * per_row && k0 < a.n_in; i += 256) {
+            const int r = i / per_row, k = i % per_row * width;
+            const bool in_w = out0 + r < a.n_out && k0 + k < a.n_in, in_x = r < tile.n && k0 + k < a.n_in;
+            const int row = tile.first + (in_x ? r : 0);
+            const float* from_w = w + (in_w ? (u64)(out0 + r) * a.n_in + k0 + k : 0);
+            const float* from_x = (const float*)a.x + (in_x ? (u64)(a.gather ? a.gather[row] : row) * a.n_in + k0 + k : 0);
+            if (wide) {
+                copy_async_16(to_w + r * LD + k, from_w, in_w);
+                copy_async_16(to_x + r * LD + k, from_x, in_x);
+            } else {
+                copy_async_4(to_w + r * LD + k, from_w, in_w);
+                copy_async_4(to_x + r * LD + k, from_x, in_x);
+            }
+        }
+        copy_async_commit();
+    };
+    // Sums of a step are added here, rounded: over many steps the truncation of the units' own sums would show.
+    Tile<64, 64, 4, 2> t, part;
+    t.zero();
+    load(0);
+    for (int step = 0; step * K < a.n_in; step++) {
+        load(step + 1);
+        copy_async_wait<1>();
+        __syncthreads();
+        part.zero();
+        part.template multiply<false, true, K>(xs[step & 1], LD, ws[step & 1], LD);
+#pragma unroll
+        for (int j = 0; j < t.NT; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) t.v[0][j][e] += part.v[0][j][e];
+        __syncthreads();
+    }
+    const float scale = a.scale ? a.scale[tile.expert] : 1.0f;
+    t.each([&](int r, int c, float& x) {
+        if (r >= tile.n || out0 + c >= a.n_out) return;
+        float* y = (float*)a.y + (u64)(tile.first + r) * a.ld_y + out0 + c;
+        float v = x * scale;
+        if (a.bias) v += a.bias[out0 + c];
+        *y = a.add ? *y + v : v;
+    });
+}
+#endif
 #endif

@@ -100,10 +100,11 @@ template <int N> DEVICE void copy_async_wait() {
 #endif
 }
 
-// A float as the sum of two tf32 numbers, up to 2^-22 of it.
+// A float as the sum of two tf32 numbers, up to 2^-21 of it. The matrix unit ignores the low 13 bits of its operands, so the
+// small part needs no rounding; conversion instructions have a fraction of the rate of these two.
 DEVICE void split_tf32(float x, u32& hi, u32& lo) {
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(hi) : "f"(x));
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(lo) : "f"(x - __uint_as_float(hi)));
+    hi = __float_as_uint(x) & 0xffffe000u;
+    lo = __float_as_uint(x - __uint_as_float(hi));
 }
 
 DEVICE void mma_1688_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -114,7 +115,7 @@ DEVICE void mma_1688_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 // An [M x N] f32 product of matrices in shared memory, spread over WM x WN warps of a block; further warps hold
 // nothing. f32 operands are split into two tf32 parts and three products are summed, so the result is as
-// good as f32 arithmetic to about 2^-21 relative to |a||b|.
+// good as f32 arithmetic to about 2^-20 relative to |a||b|. The units truncate their sums: keep K short.
 template <int M, int N, int WM, int WN> struct Tile {
     static constexpr int MT = M / (16 * WM), NT = N / (8 * WN);
     static_assert(MT * 16 * WM == M && NT * 8 * WN == N, "the warps tile the product");
@@ -151,7 +152,9 @@ template <int M, int N, int WM, int WN> struct Tile {
         const int lane = threadIdx.x & 31, m0 = (warp() / WN) * MT * 16, n0 = (warp() % WN) * NT * 8;
 #if __CUDA_ARCH__ >= 800
         const int r = lane / 4, c = lane & 3;
-#pragma unroll 2
+        // The small products have sums of their own: three dependent steps in a row would be waited for.
+        float small[MT][NT][4] = {};
+#pragma unroll 4
         for (int k = 0; k < K; k += 8) {
             u32 ah[MT][4], al[MT][4];
 #pragma unroll
@@ -171,12 +174,18 @@ template <int M, int N, int WM, int WN> struct Tile {
                 }
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
-                    mma_1688_tf32(v[i][j], al[i], bh[0], bh[1]);
-                    mma_1688_tf32(v[i][j], ah[i], bl[0], bl[1]);
+                    mma_1688_tf32(small[i][j], al[i], bh[0], bh[1]);
                     mma_1688_tf32(v[i][j], ah[i], bh[0], bh[1]);
+                    mma_1688_tf32(small[i][j], ah[i], bl[0], bl[1]);
                 }
             }
         }
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) v[i][j][e] += small[i][j][e];
 #else
         for (int k = 0; k < K; k++)
 #pragma unroll

@@ -24,20 +24,22 @@ use tandem_spec::{
 const TILES: [usize; 3] = [8, 32, 128];
 /// Rows of a tile of `gemm_f32`.
 const TILE_F32: usize = 8;
+/// Rows of a tile of `gemm_f32_tile`, and rows from which on it is used.
+const TILE_F32_MANY: usize = 64;
 /// Rows of a block of the two attention kernels.
 const FLASH_ROWS: usize = 64;
 const PLAIN_ROWS: usize = 16;
 /// Rows from which on, on chips whose best instructions `gemm.cu` cannot use, cuBLASLt does the products of matrices of at
-/// least [`DENSE_WEIGHTS`] elements, decoded panel by panel to 16 bits. On an H200, 256 rows by 12288 x 4096 take
-/// 46 us there, 50 us to decode, and 152 us in `gemm_tile`.
-const DENSE_FROM: usize = 256;
+/// least [`DENSE_WEIGHTS`] elements, decoded panel by panel to 16 bits. On an H200, 128 rows by 12288 x 4096 take
+/// 39 us there, 32 us to decode, and 97 us in `gemm_tile`.
+const DENSE_FROM: usize = 128;
 const DENSE_WEIGHTS: usize = 1 << 20;
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 64 << 20;
 /// Outputs up to which the kernel for few rows is used for many: it splits the inputs, where tiles would be too few.
 const FEW_OUTPUTS: usize = 64;
-/// Value columns of a block of `delta_scan`.
-const SCAN_COLUMNS: usize = 32;
+/// Threads of a block of `delta_chunk` and `delta_scan`.
+const DELTA_THREADS: usize = 256;
 
 macro_rules! args {
     ($(#[$doc:meta])* $name:ident { $($field:ident: $ty:ty),* $(,)? }) => {
@@ -393,6 +395,7 @@ struct Experts {
 /// Functions of a product with one type.
 struct Gemm {
     f32: Option<Function>,
+    f32_many: Option<Function>,
     decode: Option<Function>,
     /// By [`TILES`]; empty for F32 weights.
     plain: Vec<Function>,
@@ -502,14 +505,19 @@ impl DeltaKey {
             .define("N_V_HEADS", self.n_v_heads)
             .define("CONV_K", self.conv_kernel)
             .define("HEAD_TILED", u8::from(self.tiled))
-            .define("SCAN_COLUMNS", SCAN_COLUMNS)
+            .define("SCAN_COLUMNS", self.scan_columns())
+    }
+
+    /// Value columns of a block of `delta_scan`: fewer where there are too few heads to fill a large chip.
+    fn scan_columns(&self) -> usize {
+        if self.n_v_heads <= 24 { 16 } else { 32 }
     }
 
     /// Bytes of shared memory of delta_chunk and delta_scan.
     fn shared(&self, chunk: usize) -> (usize, usize) {
         let width = self.head_dim.next_power_of_two().max(16);
         let ring = width.max(chunk) + 4;
-        let column = SCAN_COLUMNS + 8;
+        let column = self.scan_columns() + 8;
         let chunk_floats = 2 * chunk * (width + 4) + chunk * (chunk + 4) + 2 * chunk;
         (4 * chunk_floats, 4 * (2 * chunk * ring + width * column + chunk * column + chunk))
     }
@@ -669,10 +677,13 @@ impl Prompt {
                 tiles.iter().map(&mut function).collect::<Result<Vec<_>, _>>()
             };
             let (plain, pair) = (of(false)?, of(true)?);
+            let f32_many = (ty == TensorType::F32)
+                .then(|| linker.function(program_gemm(ty, false, 0), "gemm_f32_tile", 0))
+                .transpose()?;
             let f32 = has_f32(ty).then(|| linker.function(program_gemm(ty, false, 0), "gemm_f32", 0)).transpose()?;
             let decode =
                 ty.is_quantised().then(|| linker.function(program_gemm(ty, false, 1), "decode_rows", 0)).transpose()?;
-            gemm.insert(ty, Gemm { f32, decode, plain, pair });
+            gemm.insert(ty, Gemm { f32, f32_many, decode, plain, pair });
         }
         let (mut attention, mut delta) = (Vec::new(), Vec::new());
         for block in blocks {
@@ -905,10 +916,10 @@ impl Prompt {
             f.conv.launch(device, Launch::grid(t.n_chunks, n_heads, 1, 256), &args)?;
             let channels = Launch::grid(t.n_runs, d.n_channels().div_ceil(256), 1, 256);
             f.conv_state.launch(device, channels, &args)?;
-            let chunks = Launch::grid(t.n_chunks, d.n_v_heads, 1, 256).shared(f.chunk_shared);
+            let chunks = Launch::grid(t.n_chunks, d.n_v_heads, 1, DELTA_THREADS).shared(f.chunk_shared);
             f.chunk.launch(device, chunks, &args)?;
-            let columns = d.head_dim.div_ceil(SCAN_COLUMNS);
-            let scan = Launch::grid(columns, d.n_v_heads, t.n_runs, 256).shared(f.scan_shared);
+            let columns = d.head_dim.div_ceil(key.scan_columns());
+            let scan = Launch::grid(columns, d.n_v_heads, t.n_runs, DELTA_THREADS).shared(f.scan_shared);
             f.scan.launch(device, scan, &args)?;
         }
         let n_rows = n * d.n_v_heads;
@@ -979,7 +990,7 @@ impl Prompt {
         let per_expert = n_rows.div_ceil(m.n_experts);
         let mut experts = [&b.ffn_gate_exps, &b.ffn_down_exps].map(|l| {
             (
-                self.tile(&l.weight, l.weight.n_rows / m.n_experts, per_expert).1,
+                self.tile(&l.weight, l.weight.n_rows / m.n_experts, per_expert, m.n_experts > 1).1,
                 Experts { gather: Ptr::NULL, tiles: s.tiles[0], n_tiles: s.n_tiles[0], n_experts: m.n_experts },
             )
         });
@@ -1058,14 +1069,16 @@ impl Prompt {
     }
 
     /// Which tile, and how many rows it has, suits `n_rows` rows a weight: reading weights bounds few rows, the
-    /// tensor cores many. The bounds are from an H200, where 32-row tiles are faster up to about 96 rows.
-    fn tile(&self, w: &DeviceWeight, n_out: usize, n_rows: usize) -> (usize, usize) {
+    /// tensor cores many. The bounds are from an H200, where 32-row tiles are faster up to about 96 rows of one weight
+    /// and, as there are many at a time, 32 rows of each of a stack.
+    fn tile(&self, w: &DeviceWeight, n_out: usize, n_rows: usize, is_stack: bool) -> (usize, usize) {
         if form(w.ty, w.n_cols, self.has_bf16) == Form::F32 {
             return (0, TILE_F32);
         }
         let i = match n_rows {
             0..=8 => 0,
-            9..=96 => 1,
+            9..=32 => 1,
+            33..=96 if !is_stack => 1,
             _ if n_out <= FEW_OUTPUTS => 1,
             _ => 2,
         };
@@ -1201,8 +1214,12 @@ impl Prompt {
         let n_experts = experts.map_or(1, |e| e.n_experts);
         let n_out = w.n_rows / n_experts;
         let functions = &self.gemm[&w.ty];
-        let (i, height) = self.tile(w, n_out, n_rows.div_ceil(n_experts));
+        let (i, mut height) = self.tile(w, n_out, n_rows.div_ceil(n_experts), n_experts > 1);
         let (function, per_block) = match form(w.ty, w.n_cols, self.has_bf16) {
+            Form::F32 if functions.f32_many.is_some() && experts.is_none() && n_rows >= TILE_F32_MANY => {
+                height = TILE_F32_MANY;
+                (functions.f32_many.expect("asked in the guard"), 64)
+            }
             Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), 16),
             _ if up.is_some() => (functions.pair[i], [16, 16, 64][i]),
             _ => (functions.plain[i], [32, 32, 128][i]),
