@@ -116,6 +116,10 @@ fn main() {
         let (best, median) = time(0, 1, 21);
         let gb = one as f64 / 1e3 * if kind == "moe" { 9.0 / 65.0 } else { 1.0 };
         print!("{kind:9} {:5.1} | {best:15.1} {median:7.1} {:5.1} |", one as f64 / 1e6, gb / best);
+        // Keys and values that were never written would all be one page of zeros.
+        (0..DEPTH).step_by(PROMPT).for_each(|position| {
+            time(position, PROMPT, 1);
+        });
         let (best, median) = time(DEPTH, 1, 21);
         print!(" {best:17.1} {median:7.1} |");
         let (best, median) = time(0, PROMPT, 3);

@@ -22,6 +22,14 @@ fn turn(messages: &mut Vec<Message>, text: &str, answer: &mut Answer<'_>) -> any
     Ok(())
 }
 
+/// The line editor. It takes over the signal of Ctrl-C, so a handler for answers has to be set after it.
+///
+/// # Errors
+/// No terminal that can be used.
+pub(super) fn editor() -> anyhow::Result<DefaultEditor> {
+    DefaultEditor::new().context("cannot use the terminal for a chat")
+}
+
 /// Continues `messages` with lines from the terminal until Ctrl-D, or a second Ctrl-C; `interrupted` says whether
 /// Ctrl-C ended the last answer. The prompt goes to the terminal; lines are remembered for this chat only.
 ///
@@ -29,11 +37,11 @@ fn turn(messages: &mut Vec<Message>, text: &str, answer: &mut Answer<'_>) -> any
 /// The terminal cannot be read, or standard output is closed. Another answer that fails is reported, and the chat
 /// goes on.
 pub(super) fn chat(
+    mut editor: DefaultEditor,
     mut messages: Vec<Message>,
     interrupted: &dyn Fn() -> bool,
     answer: &mut Answer<'_>,
 ) -> anyhow::Result<()> {
-    let mut editor = DefaultEditor::new().context("cannot use the terminal for a chat")?;
     eprintln!("Type a message. Ctrl-C ends an answer, Ctrl-D the chat.");
     let mut once = false; // Ctrl-C was pressed, and nothing was said since
     loop {
@@ -45,7 +53,7 @@ pub(super) fn chat(
                     if error.downcast_ref::<std::io::Error>().is_some() {
                         return Err(error);
                     }
-                    eprintln!("tandem: {error:#}");
+                    eprintln!("error: {error:#}");
                 }
                 once = interrupted();
             }

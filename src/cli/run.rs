@@ -323,15 +323,17 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let opened = load::open(args.model.as_deref())?;
     let loaded = load::engine(&opened, &args.engine, Workload::default())?;
     let mut speaker = Speaker::new(&args, &opened, &loaded)?;
-    catch_ctrl_c()?;
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     let Some(prompt) = prompt else {
-        return chat::chat(messages, &|| INTERRUPTED.load(Ordering::SeqCst), &mut |messages| {
+        let editor = chat::editor()?;
+        catch_ctrl_c()?;
+        return chat::chat(editor, messages, &|| INTERRUPTED.load(Ordering::SeqCst), &mut |messages| {
             let generated = speaker.answer(messages)?;
             close(&args, &generated, &loaded, speaker.session.tokens().len())?;
             Ok(generated.text)
         });
     };
+    catch_ctrl_c()?;
     messages.push(Message::new("user", prompt));
     let generated = speaker.answer(&messages)?;
     close(&args, &generated, &loaded, speaker.session.tokens().len())

@@ -93,7 +93,8 @@ impl Budget {
                     integer(&argument.get_item(&key)?)?;
                 }
             }
-            let factor = self.read(argument, 0)?.max(argument.as_i64().unwrap_or(0));
+            // What the argument itself costs to look at makes no text.
+            let factor = (self.read(argument, 0)? - ELEMENT_WORK).max(argument.as_i64().unwrap_or(0));
             if size.saturating_mul(factor) > self.product {
                 return Err(refused("an operation would make too much text"));
             }
