@@ -21,6 +21,8 @@ mod suite {
     mod models;
     /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
     mod parity;
+    /// Mutations of good files are refused, or are safe to compute with.
+    mod mutations;
     /// Plans are the printed ones, and hold what every plan must hold.
     mod plan;
     /// Descriptions of models without files.
