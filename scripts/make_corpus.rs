@@ -2,7 +2,6 @@
 //! that the error must contain. `cargo run --release --example make_corpus` writes them to `tests/corpus`; a test
 //! checks that the folder holds exactly these bytes and that every file is refused as stated here.
 
-#[path = "../tests/suite/craft.rs"]
 #[allow(dead_code, reason = "other tests use more of it")]
 pub(crate) mod craft;
 
@@ -783,12 +782,21 @@ pub(crate) fn cases() -> Vec<Case> {
     all
 }
 
-/// Writes all files to the folder given, or to `tests/corpus`, and prints what each is for.
+/// Writes all files to `tests/corpus` and prints what each is for; or, together with sound models to mutate, to the
+/// folder given.
 #[allow(dead_code, reason = "the test that includes this file has a main of its own")]
 fn main() -> std::io::Result<()> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus");
     let folder = std::path::PathBuf::from(std::env::args().nth(1).unwrap_or_else(|| default.into()));
     std::fs::create_dir_all(&folder)?;
+    if folder != std::path::Path::new(default) {
+        for arch in ["qwen35", "qwen35moe", "qwen3next", "qwen3", "qwen3moe", "qwen2", "llama"] {
+            let shape = Shape { mtp: arch == "qwen35", ..tiny(arch) };
+            std::fs::write(folder.join(format!("sound-{arch}.gguf")), model(&shape, F32).bytes())?;
+        }
+        std::fs::write(folder.join("sound-gpt2.gguf"), vocabulary("gpt2", |_, _| {}))?;
+        std::fs::write(folder.join("sound-llama-scores.gguf"), vocabulary("llama", |_, _| {}))?;
+    }
     for case in cases() {
         println!("{:36} {:?}: {}", case.name, case.stage, case.says);
         for (name, bytes) in &case.files {

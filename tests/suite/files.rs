@@ -1,5 +1,6 @@
 //! The reader on sound files: golden models against gguf-rs, and split sets.
 
+use super::corpus::craft::{self, Craft};
 use std::path::{Path, PathBuf};
 use tandem::gguf::{self, File, Value};
 use tandem_spec::TensorSource;
@@ -77,4 +78,86 @@ fn bytes_in_memory_read_like_the_file() {
         assert!(mapped.metadata().iter().eq(held.metadata().iter()));
         mapped.check_unchanged().unwrap();
     }
+}
+
+/// A folder for the files of one test.
+fn folder(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+#[test]
+fn both_versions_and_every_alignment_read_alike() {
+    let plain = craft::model(&craft::tiny("qwen35"), craft::F32);
+    let expected = File::from_bytes(plain.bytes(), "plain").unwrap();
+    for (version, alignment) in [(2, 32), (3, 8), (3, 64), (3, 4096)] {
+        let mut other = Craft { version, alignment, ..plain.clone() };
+        other.key("general.alignment", craft::u32(alignment as u32));
+        let file = File::from_bytes(other.bytes(), "other").unwrap();
+        assert_eq!((file.version(), file.tensors()), (version, expected.tensors()));
+        for index in 0..file.tensors().len() {
+            assert_eq!(file.bytes(index), expected.bytes(index), "version {version}, alignment {alignment}");
+        }
+    }
+}
+
+#[test]
+fn a_split_set_reads_like_one_file() {
+    let whole = craft::model(&craft::tiny("qwen35moe"), craft::F32);
+    let expected = File::from_bytes(whole.bytes(), "whole").unwrap();
+    let folder = folder("split");
+    let total = whole.tensors.len();
+    // The first file of some sets has no tensors at all.
+    for (set, cuts) in [("thirds", [0, total / 3, total / 2, total]), ("bare", [0, 0, total / 2, total])] {
+        for part in 0..3 {
+            let mut file = whole.clone();
+            if part > 0 {
+                file.keys.clear();
+            }
+            file.alignment = [32, 64, 32][part];
+            file.key("general.alignment", craft::u32(file.alignment as u32));
+            file.key("split.no", craft::u16(part as u16)).key("split.count", craft::u16(3));
+            file.key("split.tensors.count", craft::i32(total as i32));
+            file.tensors = whole.tensors[cuts[part]..cuts[part + 1]].to_vec();
+            std::fs::write(folder.join(format!("{set}-0000{}-of-00003.gguf", part + 1)), file.bytes()).unwrap();
+        }
+        let file = File::open(folder.join(format!("{set}-00001-of-00003.gguf"))).unwrap();
+        assert_eq!((file.n_parts(), file.tensors()), (3, expected.tensors()));
+        for index in 0..total {
+            assert_eq!(file.bytes(index), expected.bytes(index), "{set}: {}", file.tensors()[index].name);
+        }
+    }
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    let folder = folder("no-file");
+    let message = |path: &Path| File::open(path).unwrap_err().to_string();
+    assert!(message(&folder.join("absent.gguf")).contains("absent.gguf: expected a readable file, found "));
+    assert!(message(&folder).ends_with(": expected a regular file, found a directory"));
+    #[cfg(unix)]
+    assert!(message(Path::new("/dev/zero")).ends_with(": expected a regular file, found something else"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_that_shrinks_while_mapped_reads_as_zeros_and_is_reported() {
+    let mut craft = Craft::default();
+    craft.key("general.name", craft::text("shrinks")).tensor("weight", &[64, 512], craft::F32);
+    let path = folder("shrink").join("shrinks.gguf");
+    std::fs::write(&path, craft.bytes()).unwrap();
+    let file = File::open(&path).unwrap();
+    assert!(file.bytes(0).iter().rev().take(1024).any(|b| *b != 0));
+    file.check_unchanged().unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+    // Several threads meet the missing pages, as the workers of a step would.
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert!(file.bytes(0).iter().rev().take(1024).all(|b| *b == 0)));
+        }
+    });
+    let error = file.check_unchanged().unwrap_err().to_string();
+    assert!(error.contains("it became shorter while it was in use"), "{error}");
+    assert_eq!(file.metadata().get::<&str>("general.name").unwrap(), Some("shrinks"));
 }
