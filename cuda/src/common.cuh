@@ -97,9 +97,10 @@ DEVICE float block_sum(float v, float* scratch) {
     return scratch[32];
 }
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
-DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+// Short code rather than the last bit: kernels that run once for a token are bound by their instruction misses.
+DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x))); }
 
 // Scale and sums of 32 int8 activations: x = d * code; `sums` are those of the codes of each half.
 struct Q8Head {
@@ -107,10 +108,36 @@ struct Q8Head {
     i16 sum0, sum1;
 };
 
+// 1 / d, or 0 where d is nothing.
+DEVICE float inverse_scale(float d) { return d > 1e-30f ? __fdividef(1.0f, d) : 0.0f; }
+
+// Eight lanes quantise 32 consecutive activations, elements i .. i + 3 (i a multiple of 4) in this lane; a
+// lane without a unit takes part and stores nothing.
+DEVICE void quantise_four(float4 v, i8* codes, Q8Head* heads, u64 i, bool store) {
+    float d = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+    for (int o = 1; o < 8; o <<= 1) d = fmaxf(d, __shfl_xor_sync(FULL, d, o));
+    d *= 1.0f / 127.0f;
+    const float r = inverse_scale(d);
+    const int x = __float2int_rn(v.x * r), y = __float2int_rn(v.y * r), z = __float2int_rn(v.z * r), w = __float2int_rn(v.w * r);
+    if (store) *reinterpret_cast<u32*>(codes + i) = (x & 255) | (y & 255) << 8 | (z & 255) << 16 | (u32)w << 24;
+    int sum = x + y + z + w;
+    sum += __shfl_xor_sync(FULL, sum, 1);
+    sum += __shfl_xor_sync(FULL, sum, 2);
+    const int other = __shfl_xor_sync(FULL, sum, 4);
+    if (store && threadIdx.x % 8 == 0) {
+        Q8Head head;
+        head.d = d;
+        head.sum0 = (i16)sum;
+        head.sum1 = (i16)other;
+        heads[i / 32] = head;
+    }
+}
+
 // A warp quantises 32 consecutive activations, element `i` in this lane: codes and head of unit i / 32.
 DEVICE void quantise_unit(float v, i8* codes, Q8Head* heads, u64 i) {
     const float d = warp_max(fabsf(v)) * (1.0f / 127.0f);
-    const int code = d > 0.0f ? __float2int_rn(v / d) : 0;
+    const int code = __float2int_rn(v * inverse_scale(d));
     codes[i] = (i8)code;
     int sum = code;
 #pragma unroll

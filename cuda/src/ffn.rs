@@ -27,7 +27,7 @@ impl FfnOp {
     pub fn launch(&self, step: &Step) -> Result<(), Error> {
         let (device, n) = (step.device, step.n_tokens);
         self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
-        self.gate_up.launch(device, &step.hidden, &step.mixed, step.done, n, self.quantised)?;
+        self.gate_up.launch(device, &step.hidden, &step.mixed, n, self.quantised)?;
         self.down.launch(device, &step.mixed, &[step.x], n, true)
     }
 }

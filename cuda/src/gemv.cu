@@ -22,9 +22,8 @@ struct Segment {
 struct GemvArgs {
     Segment segment[4];
     Activations in;
-    i8* codes_out;        // gemv_swiglu: [n_tokens, n_rows], or null: only f32 to segment[0].out
+    i8* codes_out;        // gemv_swiglu: [n_tokens, n_rows], or null: f32 to segment[0].out
     Q8Head* heads_out;
-    u32* done;            // [n_rows / 32]: blocks that have finished a unit; zero before and after
     u32 n_tokens;
     u32 pad;
 };
@@ -84,59 +83,48 @@ KERNEL __launch_bounds__(WARPS * WARP) gemv(const GemvArgs a) {
 }
 
 #if TYPE1 >= 0 && TYPE2 < 0
-// ROWS rows of gate and as many of up per warp; the last block of a unit of 32 outputs quantises it.
+// A block makes a unit of 32 outputs: its row groups take ROWS rows of gate and as many of up at a time, and load the
+// next ones before they sum.
 KERNEL __launch_bounds__(WARPS * WARP) gemv_swiglu(const GemvArgs a) {
-    __shared__ float shared[WARPS][2][ROWS][TOKENS];
-    __shared__ bool last;
+    __shared__ float shared[KSPLIT][2][32][TOKENS];
+    constexpr int STEP = GROUPS * ROWS;
+    static_assert(32 % STEP == 0, "blocks make whole units");
     let_next_start();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int group = warp / KSPLIT, part = warp % KSPLIT;
-    const u64 n_rows = a.segment[0].n_rows, row = ((u64)blockIdx.x * GROUPS + group) * ROWS;
+    const u64 n_rows = a.segment[0].n_rows, first = (u64)blockIdx.x * 32;
     Rows<TYPE0, K, ROWS, KSPLIT> gate;
     Rows<TYPE1, K, ROWS, KSPLIT> up;
-    gate.start(a.segment[0].weight, a.segment[0].n_blocks, row, n_rows - 1, part);
-    up.start(a.segment[1].weight, a.segment[1].n_blocks, row, n_rows - 1, part);
+    gate.start(a.segment[0].weight, a.segment[0].n_blocks, first + group * ROWS, n_rows - 1, part);
+    up.start(a.segment[1].weight, a.segment[1].n_blocks, first + group * ROWS, n_rows - 1, part);
     wait_for_inputs();
-    float acc[ROWS][TOKENS] = {};
-    gate.finish(a.in, a.n_tokens, acc);
-    reduce<ROWS>(acc, shared[warp][0]);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) acc[r][t] = 0.0f;
-    up.finish(a.in, a.n_tokens, acc);
-    reduce<ROWS>(acc, shared[warp][1]);
-    if (KSPLIT > 1) __syncthreads();
-    else __syncwarp();
-    if (part == 0) {
-        for (int i = lane; i < ROWS * TOKENS; i += WARP) {
-            const int t = i / ROWS, r = i % ROWS;
-            if (row + r >= n_rows || t >= a.n_tokens) continue;
-            float g = 0.0f, u = 0.0f;
-#pragma unroll
-            for (int p = 0; p < KSPLIT; p++) {
-                g += shared[warp + p][0][r][t];
-                u += shared[warp + p][1][r][t];
-            }
-            if (a.segment[0].scale) g *= a.segment[0].scale[0];
-            if (a.segment[1].scale) u *= a.segment[1].scale[0];
-            __stcg(a.segment[0].out + (u64)t * n_rows + row + r, silu(g) * u);
+#pragma unroll 1
+    for (int at = group * ROWS; at < 32; at += STEP) {
+        auto this_gate = gate;
+        auto this_up = up;
+        if (at + STEP < 32) {
+            gate.start(a.segment[0].weight, a.segment[0].n_blocks, first + at + STEP, n_rows - 1, part);
+            up.start(a.segment[1].weight, a.segment[1].n_blocks, first + at + STEP, n_rows - 1, part);
         }
+        float g[ROWS][TOKENS] = {}, u[ROWS][TOKENS] = {};
+        this_gate.finish(a.in, a.n_tokens, g);
+        this_up.finish(a.in, a.n_tokens, u);
+        reduce<ROWS>(g, &shared[part][0][at]);
+        reduce<ROWS>(u, &shared[part][1][at]);
     }
-    if (!a.codes_out) return;
-    constexpr int OUTPUTS = GROUPS * ROWS;
-    static_assert(32 % OUTPUTS == 0, "blocks make up units");
-    const u64 unit = (u64)blockIdx.x * OUTPUTS / 32;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(a.done + unit, 1u) == 32 / OUTPUTS - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    if (threadIdx.x == 0) a.done[unit] = 0;
     for (int t = warp; t < a.n_tokens; t += WARPS) {
-        const float v = __ldcg(a.segment[0].out + t * n_rows + unit * 32 + lane);
-        quantise_unit(v, a.codes_out + t * n_rows, a.heads_out + t * (n_rows / 32), unit * 32 + lane);
+        float g = 0.0f, u = 0.0f;
+#pragma unroll
+        for (int p = 0; p < KSPLIT; p++) {
+            g += shared[p][0][lane][t];
+            u += shared[p][1][lane][t];
+        }
+        if (a.segment[0].scale) g *= a.segment[0].scale[0];
+        if (a.segment[1].scale) u *= a.segment[1].scale[0];
+        const float v = silu(g) * u;
+        if (a.codes_out) quantise_unit(v, a.codes_out + t * n_rows, a.heads_out + t * (n_rows / 32), first + lane);
+        else if (first + lane < n_rows) a.segment[0].out[t * n_rows + first + lane] = v;
     }
 }
 #endif

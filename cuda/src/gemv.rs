@@ -37,7 +37,6 @@ struct GemvArgs {
     x: Ptr,
     codes_out: Ptr,
     heads_out: Ptr,
-    done: Ptr,
     n_tokens: u32,
     pad: u32,
 }
@@ -88,6 +87,17 @@ impl Shape {
                 4
             },
         }
+    }
+
+    /// For blocks that make 32 outputs each, of `n_rows`, from `rows` rows of two matrices at a time: as many groups as
+    /// fill the chip with 16 warps per multiprocessor, if 16 warps of a block can.
+    fn of_units(n_rows: usize, k: usize, n_sms: usize, rows: usize) -> Self {
+        let Self { split, .. } = Self::new(n_rows, k, n_sms, rows);
+        let mut groups = 1;
+        while 2 * groups * split <= 16 && 2 * groups * rows <= 32 && n_rows / 32 * split * groups < 16 * n_sms {
+            groups *= 2;
+        }
+        Self { rows, split, groups }
     }
 
     /// Rows of a block.
@@ -173,7 +183,6 @@ impl Gemv {
                 x: input.x.offset(first * self.k * 4),
                 codes_out: Ptr::NULL,
                 heads_out: Ptr::NULL,
-                done: Ptr::NULL,
                 n_tokens: step.min(n_tokens - first) as u32,
                 pad: 0,
             };
@@ -206,21 +215,20 @@ impl GemvSwiglu {
         let (segments, types) = segments(&[gate, up]);
         let (k, n_rows) = (gate.weight.n_cols, gate.weight.n_rows);
         let make = |linker: &mut Linker, tokens, max_rows| {
-            let shape = Shape::new(2 * n_rows, k, linker.n_sms, max_rows);
+            let shape = Shape::of_units(n_rows, k, linker.n_sms, max_rows);
             Ok::<_, Error>((linker.function(program(&types, k, tokens, shape), "gemv_swiglu", 0)?, shape))
         };
         let (one, many) = (make(linker, 1, 2)?, make(linker, MANY, 1)?);
         Ok(Self { segments, k, n_rows, one, many })
     }
 
-    /// `out = silu(gate . input) * (up . input)` `[n_tokens, n_ff]`, as floats and, if `quantised`, as codes. `done`
-    /// `[n_ff / 32]` u32 is zero, before and after.
+    /// `out = silu(gate . input) * (up . input)` `[n_tokens, n_ff]`: as codes if `quantised`, else as
+    /// floats.
     pub fn launch(
         &self,
         device: &Device,
         input: &Input,
         out: &Input,
-        done: Ptr,
         n_tokens: usize,
         quantised: bool,
     ) -> Result<(), Error> {
@@ -236,19 +244,12 @@ impl GemvSwiglu {
                 x: input.x.offset(first * self.k * 4),
                 codes_out: codes_or_null(out.codes, out_at),
                 heads_out: codes_or_null(out.heads, out_at / 32 * 8),
-                done,
                 n_tokens: step.min(n_tokens - first) as u32,
                 pad: 0,
             };
             args.segment[0].out = out.x.offset(out_at * 4);
             // SAFETY: the weights are whole tensors of the stated types; inputs and outputs hold `n_tokens` rows.
-            unsafe {
-                function.launch_early(
-                    device,
-                    Launch::new(self.n_rows.div_ceil(shape.rows_per_block()), shape.threads()),
-                    &args,
-                )?
-            };
+            unsafe { function.launch_early(device, Launch::new(self.n_rows.div_ceil(32), shape.threads()), &args)? };
         }
         Ok(())
     }

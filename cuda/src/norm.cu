@@ -20,38 +20,53 @@ struct NormArgs {
 };
 static_assert(sizeof(NormArgs) == NORM_ARGS, "NormArgs differs from norm.rs");
 
-// Grid (n_rows). Threads take elements in steps of the block, so that a warp holds whole units.
-KERNEL __launch_bounds__(1024) norm_rows(const NormArgs a) {
+// Elements of a load, and threads: as norm_threads in ops.rs.
+#define VECTOR (N % 32 == 0)
+#define THREADS (VECTOR ? N / 4 < 1024 ? (N / 4 + 31) / 32 * 32 : 1024 : N < 1024 ? (N + 31) / 32 * 32 : 1024)
+
+// Grid (n_rows).
+KERNEL __launch_bounds__(THREADS) norm_rows(const NormArgs a) {
     __shared__ float scratch[33];
-    constexpr int PER_THREAD = (N + 1023) / 1024;
     const u64 row = blockIdx.x;
-    float v[PER_THREAD], w[PER_THREAD];
     let_next_start();
+#if VECTOR
+    constexpr int PER_THREAD = (N / 4 + THREADS - 1) / THREADS;
+    float4 v[PER_THREAD], w[PER_THREAD];
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
-        const int i = j * blockDim.x + threadIdx.x;
-        w[j] = a.weight && i < N ? a.weight[i] : 1.0f;
+        const int i = j * THREADS + threadIdx.x;
+        w[j] = a.weight && i < N / 4 ? reinterpret_cast<const float4*>(a.weight)[i] : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
     }
     wait_for_inputs();
     const float* x = a.x + (a.gather ? (u64)a.gather[row] : row) * N;
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
-        const int i = j * blockDim.x + threadIdx.x;
-        v[j] = i < N ? x[i] : 0.0f;
-        sum += v[j] * v[j];
+        const int i = j * THREADS + threadIdx.x;
+        v[j] = i < N / 4 ? reinterpret_cast<const float4*>(x)[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
     }
     float scale = 1.0f;
     if (a.weight) scale = rsqrtf(block_sum(sum, scratch) / (float)N + a.eps);
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
-        const int i = j * blockDim.x + threadIdx.x;
-        // Whole warps leave together: N is a multiple of 32 wherever codes are asked for.
-        if (i / WARP * WARP >= N) break;
-        const float y = i < N ? v[j] * scale * w[j] : 0.0f;
-        if (a.out && i < N) a.out[row * N + i] = y;
-        if (a.codes) quantise_unit(y, a.codes + row * N, a.heads + row * (N / 32), i);
+        const int i = j * THREADS + threadIdx.x;
+        const float4 y = make_float4(v[j].x * scale * w[j].x, v[j].y * scale * w[j].y, v[j].z * scale * w[j].z, v[j].w * scale * w[j].w);
+        // Lanes beyond the row take part in the exchange of the others' units, and write nothing.
+        if (i / WARP * WARP >= N / 4) break;
+        if (a.out && i < N / 4) reinterpret_cast<float4*>(a.out + row * N)[i] = y;
+        if (a.codes) quantise_four(y, a.codes + row * N, a.heads + row * (N / 32), 4 * (u64)i, i < N / 4);
     }
+#else
+    wait_for_inputs();
+    const float* x = a.x + (a.gather ? (u64)a.gather[row] : row) * N;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < N; i += THREADS) sum += x[i] * x[i];
+    float scale = 1.0f;
+    if (a.weight) scale = rsqrtf(block_sum(sum, scratch) / (float)N + a.eps);
+    for (int i = threadIdx.x; i < N; i += THREADS)
+        if (a.out) a.out[row * N + i] = x[i] * scale * (a.weight ? a.weight[i] : 1.0f);
+#endif
 }
 
 struct EmbedArgs {

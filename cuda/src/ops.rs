@@ -161,7 +161,6 @@ impl StateLayout {
                 Block::Ffn(b) => {
                     n_embd = n_embd.max(b.shape.n_embd);
                     mixed = mixed.max(b.shape.n_ff);
-                    done = done.max(b.shape.n_ff.div_ceil(32));
                 }
                 Block::Moe(b) => {
                     let s = &b.shape;
@@ -339,6 +338,12 @@ fn norm_program(n: usize) -> Program {
         .define("N", n)
 }
 
+/// Threads of `norm_rows`: as THREADS in norm.cu.
+fn norm_threads(n: usize) -> usize {
+    let elements = if n.is_multiple_of(32) { n / 4 } else { n };
+    elements.next_multiple_of(32).min(1024)
+}
+
 /// RMS norm of rows, or only their int8 form.
 pub(crate) struct Norm {
     n: usize,
@@ -394,7 +399,7 @@ impl Norm {
             eps: self.eps,
             pad: 0,
         };
-        let threads = self.n.next_multiple_of(32).min(1024);
+        let threads = norm_threads(self.n);
         // SAFETY: `x` and `out` hold `n_rows` rows of `n`; codes are asked for only where `n` is whole units.
         unsafe { self.function.launch_early(device, Launch::new(n_rows, threads), &args) }
     }
