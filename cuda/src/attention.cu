@@ -130,6 +130,26 @@ template <int N> DEVICE void load_head(const Kv* p, float (&x)[E]) {
 // Positions that a warp takes at a time.
 #define TILE (HEADS > 4 ? 4 : 8)
 #define WARPS 4
+// Lanes that hold the score of one position.
+#define LANES (WARP / TILE)
+
+// Sums over the warp of each s[p]; this lane gets that of p = lane / LANES. Halves are exchanged while there are several,
+// so that TILE sums cost little more than one.
+DEVICE float sum_tile(float (&s)[TILE]) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = TILE / 2, o = WARP / 2; n > 0; n /= 2, o /= 2) {
+        const bool upper = lane & o;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float give = upper ? s[i] : s[i + n], keep = upper ? s[i + n] : s[i];
+            s[i] = keep + __shfl_xor_sync(FULL, give, o);
+        }
+    }
+#pragma unroll
+    for (int o = LANES / 2; o > 0; o /= 2) s[0] += __shfl_xor_sync(FULL, s[0], o);
+    return s[0];
+}
 
 // Grid (N_SPLITS, N_KV_HEADS * PER_KV, n_tokens).
 KERNEL __launch_bounds__(WARPS * WARP) attention_split(const AttentionArgs a) {
@@ -161,26 +181,32 @@ KERNEL __launch_bounds__(WARPS * WARP) attention_split(const AttentionArgs a) {
         for (int p = 0; p < TILE; p++) load_head<LOADS>(a.keys + base + (u64)min(tile + p, end - 1) * N_KV_HEADS * D, key[p]);
 #pragma unroll
         for (int p = 0; p < TILE; p++) load_head<LOADS>(a.values + base + (u64)min(tile + p, end - 1) * N_KV_HEADS * D, value[p]);
+        const bool in = tile + lane / LANES < end;
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            float score[TILE], best = m[h];
+            float s[TILE];
 #pragma unroll
             for (int p = 0; p < TILE; p++) {
-                float s = 0.0f;
+                s[p] = 0.0f;
 #pragma unroll
-                for (int i = 0; i < E; i++) s += q[h][i] * key[p][i];
-                score[p] = tile + p < end ? warp_sum(s) : -1e30f;
-                best = fmaxf(best, score[p]);
+                for (int i = 0; i < E; i++) s[p] += q[h][i] * key[p][i];
             }
-            const float shrink = __expf(m[h] - best);
+            const float sum = sum_tile(s), score = in ? sum : -1e30f;
+            float best = score;
+#pragma unroll
+            for (int o = LANES; o < WARP; o <<= 1) best = fmaxf(best, __shfl_xor_sync(FULL, best, o));
+            best = fmaxf(best, m[h]);
+            const float weight = in ? __expf(score - best) : 0.0f, shrink = __expf(m[h] - best);
+            float total = weight;
+#pragma unroll
+            for (int o = LANES; o < WARP; o <<= 1) total += __shfl_xor_sync(FULL, total, o);
             m[h] = best;
-            l[h] *= shrink;
+            l[h] = l[h] * shrink + total;
 #pragma unroll
             for (int i = 0; i < E; i++) o[h][i] *= shrink;
 #pragma unroll
             for (int p = 0; p < TILE; p++) {
-                const float w = tile + p < end ? __expf(score[p] - best) : 0.0f;
-                l[h] += w;
+                const float w = __shfl_sync(FULL, weight, p * LANES);
 #pragma unroll
                 for (int i = 0; i < E; i++) o[h][i] += w * value[p][i];
             }

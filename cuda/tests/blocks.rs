@@ -57,8 +57,8 @@ fn error_of(case: &Case, expected: &[Vec<f64>], device: &Arc<Device>, compiler: 
     worst
 }
 
-/// Float weights meet float activations; the rest is rounding of f32 sums.
-const BOUND_FLOAT: f64 = 5e-6;
+/// Float weights meet float activations; the rest is rounding of f32 sums and of the chip's own exp and log.
+const BOUND_FLOAT: f64 = 2e-5;
 /// The prompt kernels round activations to 16 bits (8 of them mantissa for BF16) before 16-bit weights, and queries and
 /// weights of keys before a bf16 cache.
 const BOUND_HALF: f64 = 1e-2;

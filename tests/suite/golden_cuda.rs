@@ -10,8 +10,8 @@ use tandem_cuda::{Backend, Compiler, Device, Feed, Options};
 use tandem_spec::testing::relative_rms;
 use tandem_spec::{Batch, KvDtype};
 
-/// Floats throughout: rounding of f32 sums over a whole model.
-const BOUND_FLOAT: f64 = 2e-5;
+/// Floats throughout: rounding of f32 sums, and of the chip's own exp and log, over a whole model.
+const BOUND_FLOAT: f64 = 5e-5;
 
 fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
     let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
