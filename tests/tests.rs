@@ -19,10 +19,10 @@ mod suite {
     mod golden_cuda;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
-    /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
-    mod parity;
     /// Mutations of good files are refused, or are safe to compute with.
     mod mutations;
+    /// The CPU backend gives the golden logits with every instruction set, in any chunks and batches.
+    mod parity;
     /// Plans are the printed ones, and hold what every plan must hold.
     mod plan;
     /// Descriptions of models without files.

@@ -231,7 +231,7 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
         "{} | {} threads, {} reading {:.1} GB/s | loaded in {:.2} s{peak} | {}",
         host.cpu,
         plan.threads,
-        host.isa,
+        host.isa.name(),
         host.read_gb_per_s(plan.threads),
         loaded.load_time.as_secs_f64(),
         *super::VERSION

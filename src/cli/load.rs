@@ -80,13 +80,14 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
         cuda_libs: args.cuda_libs.clone(),
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };
-    let machine = args.wishes.machine()?;
-    let plan = args.wishes.plan(&opened.model, workload)?;
+    let mut machine = args.wishes.machine()?;
+    machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
+    let plan = args.wishes.plan(&opened.model, &machine, workload)?;
     let start = Instant::now();
     let engine = match load(opened, plan, &options) {
         Err(error @ (Error::Cuda(_) | Error::Shared { .. })) if !args.wishes.asks_for_gpu() => {
             eprintln!("{error}; running on the CPU");
-            load(opened, args.wishes.on_cpu().plan(&opened.model, workload)?, &options)?
+            load(opened, args.wishes.on_cpu().plan(&opened.model, &machine, workload)?, &options)?
         }
         loaded => loaded?,
     };

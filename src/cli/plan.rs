@@ -39,7 +39,8 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let file = File::open(&args.model)?;
     let model = crate::model::describe(&file)?;
     let workload = Workload { prompt: args.prompt as usize, generate: args.generate as usize };
-    let made = args.wishes.plan(&model, workload)?;
+    let machine = args.wishes.machine()?;
+    let made = args.wishes.plan(&model, &machine, workload)?;
     if let Some(path) = &args.html {
         std::fs::write(path, plan::html(&made, &model)).with_context(|| format!("{}: cannot write", path.display()))?;
     }
@@ -49,7 +50,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
     }
     print!("{}", plan::text(&made, &model));
     if args.why {
-        let why = plan::why(&made, &model, &args.wishes.machine()?, &args.wishes.wishes(workload));
+        let why = plan::why(&made, &model, &machine, &args.wishes.wishes(workload));
         print!("\n{why}");
     }
     Ok(())

@@ -45,7 +45,7 @@ fn text(facts: &Machine) -> String {
         "{}\ncpu    {}: {} kernels, {} threads\nram    {:.1} of {:.1} GiB available\nreads  {}\n",
         facts.name,
         host.cpu,
-        host.isa,
+        host.isa.name(),
         host.threads,
         gib(host.ram_available),
         gib(host.ram_total),

@@ -107,13 +107,13 @@ impl WishArgs {
         }
     }
 
-    /// The plan: the one in `--plan FILE`, else the fastest for `workload` that the wishes allow.
+    /// The plan: the one in `--plan FILE`, else the fastest for `workload` on `machine` that the wishes allow.
     ///
     /// # Errors
     /// A plan file of another model; a refusal of the planner, with its numbers.
-    pub fn plan(&self, model: &Model, workload: Workload) -> Result<Plan> {
+    pub fn plan(&self, model: &Model, machine: &Machine, workload: Workload) -> Result<Plan> {
         let Some(path) = &self.plan else {
-            return Ok(plan::plan(model, &self.machine()?, &self.wishes(workload))?);
+            return Ok(plan::plan(model, machine, &self.wishes(workload))?);
         };
         let saved: Plan = read_json(path, "plan")?;
         saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;

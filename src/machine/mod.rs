@@ -2,6 +2,7 @@
 //! about hardware, so a plan can be made for a machine that is not here. This module measures and remembers;
 //! it decides nothing.
 
+mod kernels;
 mod known;
 mod probe;
 
@@ -9,6 +10,7 @@ pub use known::{known, known_names};
 pub use probe::here;
 
 use serde::{Deserialize, Serialize};
+use tandem_cpu::Isa;
 
 /// A machine as the planner sees it. Memory in bytes, bandwidths in GB/s (10^9 bytes), latencies in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,8 +33,9 @@ pub struct Machine {
 pub struct Host {
     /// Model name of the processor.
     pub cpu: String,
-    /// Kernels it runs: `avx512`, `avx2` or `portable` (see [`tandem_cpu::Isa::name`]).
-    pub isa: String,
+    /// Kernels it runs: `avx512`, `avx2` or `portable`.
+    #[serde(with = "isa_name")]
+    pub isa: Isa,
     /// Worker threads that make sense: physical cores, within affinity and the CPU quota of the cgroup.
     pub threads: usize,
     /// Main memory, within the limit of the cgroup.
@@ -92,6 +95,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, major and minor: `[8, 9]`.
     pub compute_capability: (u32, u32),
+    /// Multiprocessors.
+    pub n_sms: usize,
     /// Memory of the card.
     pub vram_total: u64,
     /// Memory free after the context exists and the modules are loaded.
@@ -108,4 +113,23 @@ pub struct Gpu {
     pub kernel_us: f64,
     /// Handing one token's activations to the CPU and taking the result back inside a graph, microseconds.
     pub handoff_us: f64,
+}
+
+/// [`Isa`] as its name.
+pub(crate) mod isa_name {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use tandem_cpu::Isa;
+
+    pub fn serialize<S: Serializer>(isa: &Isa, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(isa.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Isa, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
+        let names = || all.map(Isa::name).join(", ");
+        all.into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| D::Error::custom(format!("instruction set `{name}` is none of {}", names())))
+    }
 }

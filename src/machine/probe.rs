@@ -1,15 +1,16 @@
-//! Measures this machine: what the operating system says, and the read bandwidth of main memory by number of
-//! threads. Measured rates are remembered on disk; free memory is asked afresh every time.
+//! Measures this machine: what the operating system says, the read bandwidth of main memory by number of
+//! threads, and the rates of the CPU kernels; and asks the driver for GPUs. Measured rates are remembered on disk; free memory is asked afresh every time.
 
-use super::{Host, KernelRate, Machine, ReadRate};
+use super::{Gpu, Host, KernelRate, Machine, ReadRate, isa_name, kernels, known, known_names};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::Instant;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+use tandem_cpu::Isa;
 
 /// Changes when the measurement does, so that older files are measured again.
-const CACHE_VERSION: u32 = 1;
+const CACHE_VERSION: u32 = 2;
 /// Bytes read per pass: several times the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
@@ -20,7 +21,8 @@ const READ_PASSES: usize = 3;
 struct Measured {
     version: u32,
     cpu: String,
-    isa: String,
+    #[serde(with = "isa_name")]
+    isa: Isa,
     threads: usize,
     read: Vec<ReadRate>,
     kernels: Vec<KernelRate>,
@@ -34,7 +36,7 @@ pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
     );
     let (ram_total, ram_available) = memory(&system);
     let cpu = cpu_name(&system);
-    let isa = tandem_cpu::Isa::detect().name().to_owned();
+    let isa = Isa::detect();
     let threads = threads();
     let path = cache_dir.map(|dir| cache_path(dir, &cpu, threads));
     let remembered = path.as_deref().filter(|_| !refresh).and_then(read_cache);
@@ -47,10 +49,10 @@ pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
             let fresh = Measured {
                 version: CACHE_VERSION,
                 cpu: cpu.clone(),
-                isa: isa.clone(),
+                isa,
                 threads,
                 read: read_rates(threads, bytes),
-                kernels: Vec::new(),
+                kernels: kernels::measure(threads, isa),
             };
             if let Some(path) = &path {
                 write_cache(path, &fresh);
@@ -58,11 +60,51 @@ pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
             fresh
         });
     let host = Host { cpu, isa, threads, ram_total, ram_available, read: measured.read, kernels: measured.kernels };
-    Machine {
-        name: System::host_name().unwrap_or_else(|| "this machine".into()),
-        host,
-        gpus: Vec::new(),
-        gpu_note: None,
+    let (gpus, gpu_note) = gpus();
+    Machine { name: System::host_name().unwrap_or_else(|| "this machine".into()), host, gpus, gpu_note }
+}
+
+/// The GPUs that the driver shows, or why there are none.
+fn gpus() -> (Vec<Gpu>, Option<String>) {
+    match tandem_cuda::probe() {
+        Ok(found) => (found.iter().map(gpu).collect(), None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    }
+}
+
+/// Facts of a GPU: memory as it is now; rates of the shipped card of that name, else what its bus and its
+/// multiprocessors promise, reduced as the shipped cards are (`known/README.md`).
+fn gpu(info: &tandem_cuda::GpuInfo) -> Gpu {
+    let (major, minor) = info.compute_capability;
+    let shipped = known_names().0.into_iter().find_map(|card| {
+        let gpu = known(&format!("{card}+{}", known_names().1[0])).ok()?.gpus.swap_remove(0);
+        (gpu.name == info.name).then_some(gpu)
+    });
+    // int8 operations per multiprocessor, 10^12/s, at common clocks.
+    let int8_per_sm = match (major, minor) {
+        (9, _) => 15.0,
+        (12, _) | (8, 9) => 5.0,
+        (8, 0) => 5.8,
+        _ => 3.5,
+    };
+    let promised = Gpu {
+        name: info.name.clone(),
+        compute_capability: (major as u32, minor as u32),
+        n_sms: info.n_sms,
+        vram_total: info.total_bytes as u64,
+        vram_free: info.free_bytes as u64,
+        bandwidth_gb_per_s: if info.peak_bytes_per_s > 0.0 { 0.92 * info.peak_bytes_per_s / 1e9 } else { 300.0 },
+        matmul_tflops: 0.25 * int8_per_sm * info.n_sms as f64,
+        pinned_gb_per_s: 12.5,
+        pageable_gb_per_s: 5.0,
+        kernel_us: 1.0,
+        handoff_us: 8.0,
+    };
+    match shipped {
+        None => promised,
+        Some(card) => {
+            Gpu { n_sms: promised.n_sms, vram_total: promised.vram_total, vram_free: promised.vram_free, ..card }
+        }
     }
 }
 

@@ -220,6 +220,8 @@ impl<'a> Problem<'a> {
             n_slots: self.wishes.n_slots.max(1),
             n_batch: 0,
             kv_dtype: self.wishes.kv_dtype.unwrap_or(default_kv),
+            isa: self.facts.host.isa,
+            threads: self.threads,
             stream: false,
         }
     }
@@ -286,8 +288,8 @@ struct Tables<'a> {
     column_of: Vec<usize>,
     /// By position in `problem.order` (one table without GPU times where there is no GPU), column and level.
     cells: Vec<Vec<Vec<Cell>>>,
-    /// Bytes that a used GPU takes beside its blocks.
-    gpu_base: u64,
+    /// Bytes that a used GPU takes beside its blocks, by GPU index.
+    gpu_base: Vec<u64>,
     /// The same of the host, by number of GPUs in use.
     host_base: Vec<u64>,
     /// Scratch of the CPU, where it runs any block.
@@ -302,10 +304,17 @@ impl<'a> Tables<'a> {
         let (model, workload) = (problem.model, problem.wishes.workload);
         let n_batches = workload.prompt.div_ceil(sizes.n_batch);
         let batch_tokens = workload.prompt.div_ceil(n_batches.max(1)).max(1);
-        let base = |device, used, n| -> u64 {
-            bytes::device_entries(model, device, used, n, &sizes).iter().map(|e| e.bytes).sum()
+        let base = |device, scratch, n| -> u64 {
+            bytes::device_entries(model, device, scratch, n, &sizes).iter().map(|e| e.bytes).sum()
         };
-        let host_base: Vec<u64> = (0..=problem.order.len()).map(|n| base(Device::Cpu, false, n)).collect();
+        // Scratch as if every block ran there: an upper bound that does not depend on the placement.
+        let all: Vec<usize> = (0..model.blocks.len()).collect();
+        let gpu_base = problem.facts.gpus.iter().map(|gpu| {
+            let scratch = bytes::scratch(model, Device::Cuda(0), gpu.n_sms, &all, &sizes);
+            base(Device::Cuda(0), scratch, 1)
+        });
+        let gpu_base = gpu_base.collect();
+        let host_base: Vec<u64> = (0..=problem.order.len()).map(|n| base(Device::Cpu, 0, n)).collect();
         let mut classes: Vec<(Vec<(TensorType, usize, usize)>, usize)> = Vec::new();
         let column_of = (0..model.blocks.len())
             .map(|i| {
@@ -322,8 +331,8 @@ impl<'a> Tables<'a> {
             sizes,
             column_of,
             cells: Vec::new(),
-            gpu_base: base(Device::Cuda(0), true, 1),
-            host_scratch: base(Device::Cpu, true, 0) - host_base[0],
+            gpu_base,
+            host_scratch: bytes::scratch(model, Device::Cpu, 0, &all, &sizes),
             host_base,
             n_batches: n_batches as f64,
             batch_tokens,
@@ -511,7 +520,7 @@ impl<'a> Tables<'a> {
             } else {
                 let fits = |at: usize| {
                     let gpu = order[at];
-                    let base = if used[gpu] == 0 { self.gpu_base } else { 0 };
+                    let base = if used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
                     used[gpu] + base + bytes <= problem.vram[gpu]
                 };
                 while current + 1 < order.len() && !fits(current) {
@@ -521,7 +530,7 @@ impl<'a> Tables<'a> {
             }
             let gpu = gpus[i];
             if used[gpu] == 0 {
-                bytes += self.gpu_base;
+                bytes += self.gpu_base[gpu];
             }
             used[gpu] += bytes;
         }
@@ -531,7 +540,7 @@ impl<'a> Tables<'a> {
             if problem.fixed[0].is_some_and(|(_, gpu)| gpu.is_some_and(|g| g != head_gpu)) {
                 used[gpus[0]] += self.cell(0, 0, 1).gpu_bytes;
             } else {
-                if gpus[0] != head_gpu && used[gpus[0]] == self.gpu_base {
+                if gpus[0] != head_gpu && used[gpus[0]] == self.gpu_base[gpus[0]] {
                     used[gpus[0]] = 0;
                 }
                 gpus[0] = head_gpu;

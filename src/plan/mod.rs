@@ -16,6 +16,7 @@ use crate::machine::Machine;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
+use tandem_cpu::Isa;
 use tandem_spec::{Block, KvDtype, Model};
 
 /// A place where a block can run.
@@ -82,6 +83,9 @@ pub struct Plan {
     pub n_batch: usize,
     /// How keys and values are stored.
     pub kv_dtype: KvDtype,
+    /// Instruction set of the CPU kernels, which decides how weights are packed.
+    #[serde(with = "crate::machine::isa_name")]
+    pub isa: Isa,
     /// CPU worker threads.
     pub threads: usize,
     /// Where each block of the model runs, by block index.
@@ -106,6 +110,8 @@ pub struct Limit {
     pub name: String,
     /// Bytes: what is free, or what the user allowed.
     pub bytes: u64,
+    /// Multiprocessors of a GPU: scratch depends on them.
+    pub n_sms: usize,
 }
 
 /// The fastest plan for `wishes.workload` on the machine of `facts`.
@@ -150,6 +156,18 @@ impl Plan {
         total(&self.account, device, pool)
     }
 
+    fn sizes(&self) -> bytes::Sizes {
+        bytes::Sizes {
+            n_ctx: self.n_ctx,
+            n_slots: self.n_slots,
+            n_batch: self.n_batch,
+            kv_dtype: self.kv_dtype,
+            isa: self.isa,
+            threads: self.threads,
+            stream: self.stream_from.is_some(),
+        }
+    }
+
     /// Whether the plan is one of `model`: every block placed once, shares that end at units, the same bytes.
     ///
     /// # Errors
@@ -189,14 +207,16 @@ impl Plan {
                 return Err(format!("{}: a device occurs twice: {place:?}", block.name()));
             }
         }
-        let sizes = bytes::Sizes {
-            n_ctx: self.n_ctx,
-            n_slots: self.n_slots,
-            n_batch: self.n_batch,
-            kv_dtype: self.kv_dtype,
-            stream: self.stream_from.is_some(),
-        };
-        if bytes::account(model, &self.places, &sizes) != self.account {
+        let sizes = self.sizes();
+        let mut n_sms = vec![0; self.limits.len()];
+        for limit in &self.limits {
+            if let Device::Cuda(i) = limit.device
+                && let Some(n) = n_sms.get_mut(i)
+            {
+                *n = limit.n_sms;
+            }
+        }
+        if bytes::account(model, &self.places, &sizes, &n_sms) != self.account {
             return Err("the bytes of the plan are not those of this model: make the plan again".into());
         }
         Ok(())

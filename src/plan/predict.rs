@@ -80,10 +80,16 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
     let places: Vec<Place> = (0..blocks.len())
         .map(|i| choose::place(&blocks[i], outcome.levels[i], Device::Cuda(outcome.gpus[i])))
         .collect();
-    let account = bytes::account(model, &places, &outcome.sizes);
-    let mut limits = vec![Limit { device: Device::Cpu, name: facts.host.cpu.clone(), bytes: problem.ram }];
+    let n_sms: Vec<usize> = facts.gpus.iter().map(|g| g.n_sms).collect();
+    let account = bytes::account(model, &places, &outcome.sizes, &n_sms);
+    let mut limits = vec![Limit { device: Device::Cpu, name: facts.host.cpu.clone(), bytes: problem.ram, n_sms: 0 }];
     for (i, gpu) in facts.gpus.iter().enumerate() {
-        limits.push(Limit { device: Device::Cuda(i), name: gpu.name.clone(), bytes: problem.vram[i] });
+        limits.push(Limit {
+            device: Device::Cuda(i),
+            name: gpu.name.clone(),
+            bytes: problem.vram[i],
+            n_sms: gpu.n_sms,
+        });
     }
     for limit in &limits {
         let needed = bytes::total(&account, limit.device, None);
@@ -99,6 +105,7 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
         n_slots: sizes.n_slots,
         n_batch: sizes.n_batch,
         kv_dtype: sizes.kv_dtype,
+        isa: facts.host.isa,
         threads: problem.threads,
         stream_from: sizes.stream.then(|| choose::break_even(problem, outcome)),
         prediction: predict(problem, outcome, &places, &account),

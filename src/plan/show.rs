@@ -6,9 +6,8 @@ use crate::machine::Machine;
 use std::fmt::Write;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 
-const POOLS: [Pool; 10] = [
+const POOLS: [Pool; 9] = [
     Pool::Weights,
-    Pool::Mapped,
     Pool::Kv,
     Pool::States,
     Pool::Scratch,
@@ -380,13 +379,11 @@ pub fn html(plan: &Plan, model: &Model) -> String {
         let mut put = |name: &str, bytes: u64| parts.push((name.into(), bytes as f64, size(bytes)));
         for kind in ["embed", "attention", "delta_net", "ffn", "moe", "head"] {
             let of_kind = |e: &&super::Entry| {
-                e.device == device
-                    && matches!(e.pool, Pool::Weights | Pool::Mapped)
-                    && e.block.is_some_and(|b| model.blocks[b].kind() == kind)
+                e.device == device && e.pool == Pool::Weights && e.block.is_some_and(|b| model.blocks[b].kind() == kind)
             };
             put(kind, plan.account.iter().filter(of_kind).map(|e| e.bytes).sum());
         }
-        for pool in &POOLS[2..] {
+        for pool in &POOLS[1..] {
             put(pool.name(), plan.bytes(device, Some(*pool)));
         }
         bar(&mut out, &parts, limit.bytes as f64);

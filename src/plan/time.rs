@@ -5,7 +5,8 @@
 
 use super::bytes::Sizes;
 use super::{Plan, n_parts};
-use crate::machine::{Gpu, Host};
+use crate::machine::{Gpu, Host, KernelRate};
+use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Share of [`Gpu::bandwidth_gb_per_s`] that matrix-vector kernels reach on quantised weights.
@@ -24,12 +25,12 @@ const CPU_SCAN_SHARE: f64 = 0.3;
 
 /// What one thread decodes at most, GB/s of weights, and multiplies, 10^9 operations per second, where the
 /// kernels were not measured on the machine.
-fn per_thread(isa: &str, ty: TensorType) -> (f64, f64) {
+fn per_thread(isa: Isa, ty: TensorType) -> (f64, f64) {
     let plain = !ty.is_quantised();
     match isa {
-        "avx512" => (if plain { 16.0 } else { 12.0 }, if plain { 60.0 } else { 110.0 }),
-        "avx2" => (if plain { 14.0 } else { 8.0 }, if plain { 40.0 } else { 60.0 }),
-        _ => (1.0, 2.0),
+        Isa::Avx512 => (if plain { 16.0 } else { 12.0 }, if plain { 60.0 } else { 110.0 }),
+        Isa::Avx2 => (if plain { 14.0 } else { 8.0 }, if plain { 40.0 } else { 60.0 }),
+        Isa::Portable => (1.0, 2.0),
     }
 }
 
@@ -130,9 +131,15 @@ impl Work {
 /// Bytes that one generated token moves in all blocks of `model` under `plan`, after `n_past` others: the weights
 /// it uses, states read and written, and keys and values of every position.
 pub fn token_bytes(model: &Model, plan: &Plan, n_past: usize) -> u64 {
-    let (n_ctx, n_slots, n_batch, kv_dtype) = (plan.n_ctx, plan.n_slots, plan.n_batch, plan.kv_dtype);
-    let sizes = Sizes { n_ctx, n_slots, n_batch, kv_dtype, stream: false };
+    let sizes = plan.sizes();
     model.blocks.iter().map(|b| work(b, n_parts(b), true, 1, n_past, &sizes).bytes()).sum::<f64>() as u64
+}
+
+/// The measured kernel of `ty`, or of the measured type that is nearest in bytes per weight; none for plain floats.
+fn measured(host: &Host, ty: TensorType) -> Option<&KernelRate> {
+    let bytes_per_weight = |ty: TensorType| ty.row().block_bytes as f64 / ty.row().block_len as f64;
+    let distance = |k: &KernelRate| (bytes_per_weight(k.ty) / bytes_per_weight(ty)).ln().abs();
+    host.kernels.iter().filter(|_| ty.is_quantised()).min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 impl Rates<'_> {
@@ -143,13 +150,14 @@ impl Rates<'_> {
                 let ops = gpu.matmul_tflops * 1e3;
                 (gpu.bandwidth_gb_per_s * GPU_GEMV_SHARE, if ty == TensorType::F32 { ops / 8.0 } else { ops })
             }
-            Rates::Cpu { host, threads } => match host.kernels.iter().find(|k| k.ty == ty) {
+            Rates::Cpu { host, threads } => match measured(host, ty) {
                 Some(kernel) => {
                     let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
-                    (kernel.decode_gb_per_s * share, kernel.prompt_gflops * threads as f64 / host.threads as f64)
+                    let decode = kernel.decode_gb_per_s.min(host.read_gb_per_s(host.threads)) * share;
+                    (decode, kernel.prompt_gflops * threads as f64 / host.threads as f64)
                 }
                 None => {
-                    let (gb, gflops) = per_thread(&host.isa, ty);
+                    let (gb, gflops) = per_thread(host.isa, ty);
                     let t = threads as f64;
                     ((host.read_gb_per_s(threads) * CPU_GEMV_SHARE).min(gb * t), gflops * t)
                 }
