@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stop {
+pub enum StopReason {
     /// The model said so.
     EndOfText,
     /// One of the stop strings.
@@ -28,7 +28,7 @@ pub struct Generated {
     /// Their text.
     pub text: String,
     /// Why it ended.
-    pub stop: Stop,
+    pub stop: StopReason,
     /// Prompt tokens that were computed (the others were known from an earlier turn).
     pub n_prompt: usize,
     /// Time until the first token was there.
@@ -72,7 +72,7 @@ pub fn generate(
     let stop = loop {
         let n_new = match session.feed(&prefix, limits.interrupted) {
             Ok(n_new) => n_new,
-            Err(Error::Interrupted) => break Stop::Interrupted,
+            Err(Error::Interrupted) => break StopReason::Interrupted,
             Err(error) => return Err(error.into()),
         };
         let id = sampler.sample(session.logits())?;
@@ -82,7 +82,7 @@ pub fn generate(
             n_steps += 1;
         }
         if tokenizer.ends_generation(id) {
-            break Stop::EndOfText;
+            break StopReason::EndOfText;
         }
         sampler.accept(id);
         prefix.push(id);
@@ -91,20 +91,20 @@ pub fn generate(
         emit(id, &piece)?;
         text.push_str(&piece);
         if stopped {
-            break Stop::StopString;
+            break StopReason::StopString;
         }
         if limits.n_predict.is_some_and(|n| prefix.len() - prompt.len() >= n) {
-            break Stop::Length;
+            break StopReason::Length;
         }
         if prefix.len() >= n_ctx {
-            break Stop::Context;
+            break StopReason::Context;
         }
         if (limits.interrupted)() {
-            break Stop::Interrupted;
+            break StopReason::Interrupted;
         }
     };
     let step_time = start.elapsed().saturating_sub(prompt_time);
-    if stop != Stop::StopString {
+    if stop != StopReason::StopString {
         piece.clear();
         stream.finish(&mut piece);
         if let Some(&last) = prefix.last().filter(|_| !piece.is_empty()) {

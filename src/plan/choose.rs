@@ -315,7 +315,8 @@ impl<'a> Tables<'a> {
         });
         let gpu_base = gpu_base.collect();
         let host_base: Vec<u64> = (0..=problem.order.len()).map(|n| base(Device::Cpu, 0, n)).collect();
-        let mut classes: Vec<(Vec<(TensorType, usize, usize)>, usize)> = Vec::new();
+        type Class = Vec<(TensorType, usize, usize)>; // type, rows and columns of every weight
+        let mut classes: Vec<(Class, usize)> = Vec::new();
         let column_of = (0..model.blocks.len())
             .map(|i| {
                 let mut class = Vec::new();

@@ -396,6 +396,7 @@ impl Rewriter {
                 wrap("made!", Expr::Slice(Spanned::new(slice, e.span())))
             }
             Expr::UnaryOp(e) => {
+                #[allow(clippy::needless_match)] // a copy of a type that is not `Copy`
                 let op = match e.op {
                     UnaryOpKind::Not => UnaryOpKind::Not,
                     UnaryOpKind::Neg => UnaryOpKind::Neg,

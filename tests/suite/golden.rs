@@ -143,7 +143,7 @@ fn reference_gives_the_golden_draft_logits() {
                     assert!(error < REFERENCE_BOUND, "{} {} {key} {what}: {error:e}", golden.name, prompt["name"]);
                 };
                 let mut run = Sequence { slot, position: 0, n_tokens: row_tokens.len() };
-                if run.n_tokens > 0 {
+                if !row_tokens.is_empty() {
                     let (_, logits) = reference.step_mtp(row_tokens, previous, &run);
                     let n_vocab = logits.len() / run.n_tokens;
                     let rows = numbers(&expected["rows"]);
