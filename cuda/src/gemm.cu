@@ -64,7 +64,12 @@ typedef HalfUnit<TYPE> Source;
 DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // Grid (ceil(n_out / (PAIR ? 64 : 128)), row tiles), 256 threads, (2 * 128 + STAGES * TILE) * 128 bytes of shared memory.
+#if PAIR && __CUDA_ARCH__ >= 1000
+// Left to itself the compiler stops at 128 registers there and spills.
+KERNEL __launch_bounds__(256, 1) gemm_tile(const GemmArgs a) {
+#else
 KERNEL __launch_bounds__(256) gemm_tile(const GemmArgs a) {
+#endif
     extern __shared__ __align__(128) u8 shared[];
     u8* ws = shared;                        // [2][128][64] 16-bit
     u8* xs = shared + 2 * 128 * 128;        // [STAGES][TILE][64] 16-bit
