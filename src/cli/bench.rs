@@ -81,6 +81,7 @@ fn noise_tokens(n: usize, n_vocab: usize) -> Vec<u32> {
 
 /// Seconds of `tokens` prompt tokens, in the plan's batches, after `depth` tokens that are not timed.
 fn time_prompt(session: &mut Session, depth: &[u32], tokens: &[u32]) -> anyhow::Result<f64> {
+    session.clear();
     if !depth.is_empty() {
         session.feed(depth, &|| false)?;
     }
@@ -158,7 +159,7 @@ impl Row {
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
         let gb_per_s = bytes_per_token as f64 * median * 1e-9;
-        let share = gb_per_s / loaded.machine.host.read_gb_per_s(engine.plan().threads);
+        let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
         Self { test, depth, tokens: n, rates, median, predicted: Some(predicted.generate_tok_s), read }
     }

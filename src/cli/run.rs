@@ -284,7 +284,7 @@ fn summary(generated: &Generated, loaded: &Loaded, n_past: usize) -> serde_json:
         "generate_tok_s": generate_tok_s,
         "predicted_generate_tok_s": engine.plan().prediction.generate_tok_s,
         "gb_per_s": gb_per_s,
-        "bandwidth_share": gb_per_s / loaded.machine.host.read_gb_per_s(engine.plan().threads),
+        "bandwidth_share": generate_tok_s * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, n_past),
         "text": generated.text,
     })
 }

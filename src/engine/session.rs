@@ -87,6 +87,11 @@ impl<'e> Session<'e> {
         Ok(prefix.len() - start)
     }
 
+    /// Forgets the timeline.
+    pub fn clear(&mut self) {
+        self.rewind(0);
+    }
+
     /// Cuts the timeline to at most `n_tokens` tokens: to exactly as many where no state is recurrent, else
     /// to the longest kept copy.
     fn rewind(&mut self, n_tokens: usize) {

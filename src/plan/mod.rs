@@ -10,7 +10,7 @@ mod time;
 pub use bytes::{Entry, Pool, total};
 pub use predict::{DeviceTime, Group, Prediction};
 pub use show::{html, summary, text, why};
-pub use time::token_bytes;
+pub use time::{token_bytes, token_roof_seconds};
 
 use crate::machine::Machine;
 use serde::{Deserialize, Serialize};

@@ -4,8 +4,8 @@
 //! `T = T_fixed + sum over blocks of max over devices + hand-offs`.
 
 use super::bytes::Sizes;
-use super::{Plan, n_parts};
-use crate::machine::{Gpu, Host, KernelRate};
+use super::{Device, Plan, Share};
+use crate::machine::{Gpu, Host, KernelRate, Machine};
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
@@ -131,8 +131,29 @@ impl Work {
 /// Bytes that one generated token moves in all blocks of `model` under `plan`, after `n_past` others: the weights
 /// it uses, states read and written, and keys and values of every position.
 pub fn token_bytes(model: &Model, plan: &Plan, n_past: usize) -> u64 {
+    token_bytes_by_device(model, plan, n_past).iter().map(|(_, bytes)| bytes).sum::<f64>() as u64
+}
+
+/// Seconds in which the devices of `plan` could move the bytes of [`token_bytes`] at their measured bandwidths, one
+/// device after the other: a rate times this is the share of the roof.
+pub fn token_roof_seconds(model: &Model, plan: &Plan, facts: &Machine, n_past: usize) -> f64 {
+    let gb_per_s = |device| match device {
+        Device::Cpu => facts.host.read_gb_per_s(plan.threads),
+        Device::Cuda(i) => facts.gpus.get(i).map_or(f64::INFINITY, |gpu| gpu.bandwidth_gb_per_s),
+    };
+    token_bytes_by_device(model, plan, n_past).iter().map(|&(device, bytes)| bytes * 1e-9 / gb_per_s(device)).sum()
+}
+
+fn token_bytes_by_device(model: &Model, plan: &Plan, n_past: usize) -> Vec<(Device, f64)> {
     let sizes = plan.sizes();
-    model.blocks.iter().map(|b| work(b, n_parts(b), true, 1, n_past, &sizes).bytes()).sum::<f64>() as u64
+    let sizes = &sizes;
+    let shares = model.blocks.iter().zip(&plan.places).flat_map(|(block, place)| {
+        let share = move |(i, share): (usize, &Share)| {
+            (share.device, work(block, share.part.len(), i == 0, 1, n_past, sizes).bytes())
+        };
+        place.iter().enumerate().map(share)
+    });
+    shares.collect()
 }
 
 /// The measured kernel of `ty`, or of the measured type that is nearest in bytes per weight; none for plain floats.
