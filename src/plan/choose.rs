@@ -4,8 +4,9 @@
 //! Blocks move from the CPU to the GPU in a fixed order, most time saved per byte first: mixers with their
 //! keys, values and states, the head, then FFN rows or routed experts, one unit of every layer after the
 //! other. A few such orders, each with a few batch sizes and with or without streaming of prompt weights, give
-//! a list of candidate placements that does not depend on the capacities. The plan is the fastest candidate
-//! that fits. More memory only adds candidates that fit, so it never predicts a longer time, and since every
+//! a list of candidate placements that does not depend on the capacities. Over several GPUs each of them is cut
+//! into runs of blocks, one per GPU, fastest memory first; every cut is a candidate. The plan is the fastest
+//! candidate that fits. More memory only adds candidates that fit, so it never predicts a longer time, and since every
 //! candidate is timed exactly, a step that does not pay (a hand-off that costs more than the rows it moves) is
 //! simply not taken.
 
@@ -19,7 +20,7 @@ use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 const DEFAULT_CTX: usize = 8192;
 /// Batch sizes that are tried where a GPU can be used; without one the first is taken.
 const BATCHES: [usize; 3] = [512, 2048, 8192];
-/// Placements timed per order of moves; longer orders are walked in equal strides.
+/// Placements timed per order of moves, divided by the number of GPUs; longer orders are walked in equal strides.
 const MAX_STEPS: usize = 2000;
 
 /// How far a block has moved to the GPU: 0 not at all, `max_level` wholly.
@@ -88,6 +89,33 @@ struct Times {
     decode: f64,
     in_place: f64,
     streamed: f64,
+}
+
+/// Seconds of consecutive blocks: of one token, of one prompt batch computed in place, and of one with the host's
+/// weights streamed, in three parts: what nothing overlaps, and computing and copying, which overlap each other.
+#[derive(Clone, Copy, Debug, Default)]
+struct Span {
+    decode: f64,
+    in_place: f64,
+    apart: f64,
+    compute: f64,
+    copy: f64,
+}
+
+impl Span {
+    fn plus(self, sign: f64, other: Self) -> Self {
+        Self {
+            decode: self.decode + sign * other.decode,
+            in_place: self.in_place + sign * other.in_place,
+            apart: self.apart + sign * other.apart,
+            compute: self.compute + sign * other.compute,
+            copy: self.copy + sign * other.copy,
+        }
+    }
+
+    fn streamed(&self) -> f64 {
+        self.apart + self.compute.max(self.copy)
+    }
 }
 
 /// Bytes that a placement needs, where it does not fit: by GPU index, and of the host.
@@ -465,7 +493,7 @@ impl<'a> Tables<'a> {
         if problem.tied && problem.fixed[0].is_none() && levels.last() == Some(&1) {
             levels[0] = 1; // the head's copy serves the embedding
         }
-        let stride = order.len().div_ceil(MAX_STEPS).max(1);
+        let stride = (order.len() * problem.order.len()).div_ceil(MAX_STEPS).max(1);
         for n_moves in 0..=order.len() {
             if n_moves > 0 {
                 let (block, level) = order[n_moves - 1];
@@ -499,52 +527,22 @@ impl<'a> Tables<'a> {
 
     /// Time of a placement, or the bytes that it lacks.
     fn evaluate(&self, levels: &[Level]) -> Result<Outcome, Overflow> {
-        let (problem, order) = (self.problem, &self.problem.order);
+        let problem = self.problem;
         let blocks = &problem.model.blocks;
-        let mut gpus = vec![0; levels.len()];
+        let gpus = self.assign(levels);
         let mut used = vec![0u64; problem.vram.len()];
-        let mut current = 0; // position in `order`: blocks fill one GPU after the other
         let mut host = 0;
-        let head_level = levels[levels.len() - 1];
+        let head = levels.len() - 1;
         for (i, &level) in levels.iter().enumerate() {
             let cell = self.cell(0, i, level);
-            let shared_with_head = problem.tied && i == 0 && (level > 0) == (head_level > 0);
+            let shared_with_head = problem.tied && i == 0 && (level > 0) == (levels[head] > 0);
             if !shared_with_head {
                 host += cell.cpu_bytes;
             }
-            if level == 0 {
-                continue;
-            }
-            let mut bytes = if shared_with_head { 0 } else { cell.gpu_bytes };
-            if let Some((_, Some(gpu))) = problem.fixed[i] {
-                gpus[i] = gpu;
-            } else {
-                let fits = |at: usize| {
-                    let gpu = order[at];
-                    let base = if used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
-                    used[gpu] + base + bytes <= problem.vram[gpu]
-                };
-                while current + 1 < order.len() && !fits(current) {
-                    current += 1;
-                }
-                gpus[i] = order[current];
-            }
-            let gpu = gpus[i];
-            if used[gpu] == 0 {
-                bytes += self.gpu_base[gpu];
-            }
-            used[gpu] += bytes;
-        }
-        if problem.tied && levels[0] > 0 && head_level > 0 {
-            // One copy serves both where they share a GPU; the embedding follows the head.
-            let head_gpu = gpus[levels.len() - 1];
-            if problem.fixed[0].is_some_and(|(_, gpu)| gpu.is_some_and(|g| g != head_gpu)) {
-                used[gpus[0]] += self.cell(0, 0, 1).gpu_bytes;
-            } else {
-                if gpus[0] != head_gpu && used[gpus[0]] == self.gpu_base[gpus[0]] {
-                    used[gpus[0]] = 0;
-                }
-                gpus[0] = head_gpu;
+            if level > 0 {
+                let base = if used[gpus[i]] == 0 { self.gpu_base[gpus[i]] } else { 0 };
+                let is_copy = shared_with_head && gpus[0] == gpus[head];
+                used[gpus[i]] += base + if is_copy { 0 } else { cell.gpu_bytes };
             }
         }
         let n_used = used.iter().filter(|u| **u > 0).count();
@@ -567,44 +565,171 @@ impl<'a> Tables<'a> {
         })
     }
 
+    /// The GPU that the user named for block `i`.
+    fn named(&self, i: usize) -> Option<usize> {
+        self.problem.fixed[i].and_then(|(_, gpu)| gpu)
+    }
+
+    /// Whether block 0 is an embedding that uses the head's copy wherever that lies.
+    fn follows_head(&self, levels: &[Level]) -> bool {
+        self.problem.tied && levels[0] > 0 && levels[levels.len() - 1] > 0 && self.named(0).is_none()
+    }
+
+    /// Blocks on a GPU that may be any: the ones that are cut into runs.
+    fn free(&self, levels: &[Level]) -> Vec<usize> {
+        let first = if self.follows_head(levels) { 1 } else { 0 };
+        (first..levels.len()).filter(|&i| levels[i] > 0 && self.named(i).is_none()).collect()
+    }
+
+    /// The GPU of every block that has a level above 0. The free blocks are cut into one run per GPU, some of them
+    /// empty, in the order of the GPUs: the cuts of least excess over the capacities, then of least time.
+    fn assign(&self, levels: &[Level]) -> Vec<usize> {
+        let (n, order) = (levels.len(), &self.problem.order);
+        let mut gpus: Vec<usize> =
+            (0..n).map(|i| self.named(i).or(order.first().copied()).unwrap_or_default()).collect();
+        let free = self.free(levels);
+        if order.len() < 2 || free.is_empty() {
+            if self.follows_head(levels) {
+                gpus[0] = gpus[n - 1];
+            }
+            return gpus;
+        }
+        // Bytes of named blocks, and of the free blocks before each of them.
+        let mut used = vec![0u64; self.problem.vram.len()];
+        for i in (0..n).filter(|&i| levels[i] > 0) {
+            let Some(gpu) = self.named(i) else { continue };
+            let is_copy =
+                self.problem.tied && i == 0 && self.named(n - 1).or(Some(gpu)) == Some(gpu) && levels[n - 1] > 0;
+            let base = if used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
+            used[gpu] += base + if is_copy { 0 } else { self.cell(0, i, levels[i]).gpu_bytes };
+        }
+        let mut bytes = vec![0u64];
+        for &i in &free {
+            bytes.push(bytes[bytes.len() - 1] + self.cell(0, i, levels[i]).gpu_bytes);
+        }
+        let n_free = free.len();
+        let mut best: Option<((u64, f64), Vec<usize>)> = None;
+        for last in 0..order.len() {
+            if self.follows_head(levels) {
+                gpus[0] = self.named(n - 1).unwrap_or(order[last]);
+            }
+            // By number of free blocks in the runs so far: excess and seconds, and where the latest run starts.
+            let mut so_far: Vec<Option<(u64, f64)>> = vec![None; n_free + 1];
+            so_far[0] = Some((0, 0.0));
+            let mut starts: Vec<Vec<usize>> = Vec::new();
+            for &gpu in &order[..=last] {
+                let runs = self.runs(levels, &gpus, &free, gpu);
+                let is_last = starts.len() == last;
+                let mut next = vec![None; n_free + 1];
+                let mut start_of = vec![0; n_free + 1];
+                for end in if is_last { n_free..=n_free } else { 0..=n_free } {
+                    for start in 0..=if starts.is_empty() { 0 } else { end } {
+                        let Some((excess, seconds)) = so_far[start].filter(|_| !is_last || start < end) else {
+                            continue;
+                        };
+                        let base = if start < end && used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
+                        let needed = used[gpu] + base + bytes[end] - bytes[start];
+                        let cost = (
+                            excess + needed.saturating_sub(self.problem.vram[gpu]),
+                            seconds + if start < end { runs.seconds(self, start, end) } else { 0.0 },
+                        );
+                        if next[end].is_none_or(|least| cost < least) {
+                            (next[end], start_of[end]) = (Some(cost), start);
+                        }
+                    }
+                }
+                so_far = next;
+                starts.push(start_of);
+            }
+            let Some(cost) = so_far[n_free] else { continue };
+            if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                let mut found = gpus.clone();
+                let mut end = n_free;
+                for (position, start_of) in starts.iter().enumerate().rev() {
+                    let start = start_of[end];
+                    free[start..end].iter().for_each(|&i| found[i] = order[position]);
+                    end = start;
+                }
+                best = Some((cost, found));
+            }
+        }
+        best.map_or(gpus, |(_, found)| found)
+    }
+
+    /// Prefix times of the blocks as if `gpu` had all of the free ones.
+    fn runs(&self, levels: &[Level], gpus: &[usize], free: &[usize], gpu: usize) -> Runs {
+        let n = levels.len();
+        let mut is_free = vec![false; n];
+        free.iter().for_each(|&i| is_free[i] = true);
+        let home = |i: usize| (levels[i] > 0).then_some(if is_free[i] { gpu } else { gpus[i] });
+        let mut runs = Runs { before: Vec::with_capacity(free.len() + 1), handover: Vec::with_capacity(free.len()) };
+        let mut sum = Span::default();
+        for i in 0..n {
+            let from = if i > 0 { home(i - 1) } else { None };
+            let span = self.span(i, levels[i], home(i), from);
+            if is_free[i] {
+                let from_other = if i > 0 && is_free[i - 1] { Some(usize::MAX) } else { from };
+                runs.handover.push(self.span(i, levels[i], home(i), from_other).plus(-1.0, span));
+                runs.before.push(if runs.before.is_empty() { Span::default() } else { sum });
+            }
+            sum = sum.plus(1.0, span);
+        }
+        runs.before.push(sum);
+        runs
+    }
+
+    /// Times of block `i` at home on a GPU or (`None`) the CPU, after a block at home at `from`.
+    fn span(&self, i: usize, level: Level, home: Option<usize>, from: Option<usize>) -> Span {
+        let (problem, facts) = (self.problem, self.problem.facts);
+        let position = |gpu: usize| problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
+        let cell = self.cell(home.map_or(0, position), i, level);
+        let computed = cell.prompt[0].max(cell.prompt[1]);
+        let mut span = Span { decode: cell.decode[0].max(cell.decode[1]), in_place: computed, ..Span::default() };
+        let is_split = level > 0 && level < max_level(&problem.model.blocks[i]);
+        let crossing = i > 0 && home != from;
+        if let Some(gpu) = home.or(from).map(|g| &facts.gpus[g]).filter(|_| is_split || crossing) {
+            let bytes_of_x = (4 * self.batch_tokens * problem.model.n_embd) as f64;
+            let copy_of_x = bytes_of_x / gpu.pinned_gb_per_s / 1e9;
+            let hops = if is_split { 2.0 } else { 0.0 } + if crossing { 1.0 } else { 0.0 };
+            span.decode += hops / 2.0 * gpu.handoff_us * 1e-6;
+            span.in_place += hops * copy_of_x;
+            span.apart += if crossing { copy_of_x } else { 0.0 };
+        }
+        // Weights of a block without a home on a GPU are streamed to the first one.
+        match home.or(problem.order.first().copied()).filter(|_| cell.streamed.is_finite()) {
+            Some(gpu) => {
+                span.compute = cell.streamed;
+                span.copy = cell.stream_bytes / facts.gpus[gpu].pinned_gb_per_s / 1e9;
+            }
+            None if home.is_some() => span.compute = computed,
+            None => span.apart += computed,
+        }
+        span
+    }
+
     /// Times of a placement.
     fn timed(&self, levels: &[Level], gpus: &[usize], any_gpu: bool) -> Times {
-        let problem = self.problem;
-        let (blocks, facts) = (&problem.model.blocks, problem.facts);
-        let position = |gpu: usize| problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
-        let bytes_of_x = (4 * self.batch_tokens * problem.model.n_embd) as f64;
-        let (mut decode, mut prompt, mut streamed) = (0.0, 0.0, 0.0);
-        let (mut stream_compute, mut stream_copy) = (0.0, 0.0f64);
-        let mut home_before = None;
+        let (problem, facts) = (self.problem, self.problem.facts);
+        // Streaming overlaps within the run of a GPU: its buffers hold no more than the next weights.
+        let (mut all, mut run, mut streamed) = (Span::default(), Span::default(), 0.0);
+        let free = self.free(levels);
+        let mut at = None;
+        let mut from = None;
         for (i, &level) in levels.iter().enumerate() {
             let home = (level > 0).then_some(gpus[i]);
-            let cell = self.cell(home.map_or(0, position), i, level);
-            let is_split = level > 0 && level < max_level(&blocks[i]);
-            let crossing = i > 0 && home != home_before;
-            let gpu = home.or(home_before).map(|g| &facts.gpus[g]);
-            if let Some(gpu) = gpu.filter(|_| is_split || crossing) {
-                let hops = if is_split { 2.0 } else { 0.0 } + if crossing { 1.0 } else { 0.0 };
-                decode += hops / 2.0 * gpu.handoff_us * 1e-6;
-                let copies = hops * bytes_of_x / gpu.pinned_gb_per_s / 1e9;
-                prompt += copies;
-                streamed += if crossing { bytes_of_x / gpu.pinned_gb_per_s / 1e9 } else { 0.0 };
-            }
-            decode += cell.decode[0].max(cell.decode[1]);
-            let computed = cell.prompt[0].max(cell.prompt[1]);
-            prompt += computed;
-            // Weights of a block without a home on a GPU are streamed to the first one.
-            let streams_to = home.or(problem.order.first().copied());
-            match streams_to.filter(|_| cell.streamed.is_finite()) {
-                Some(gpu) => {
-                    stream_compute += cell.streamed;
-                    stream_copy += cell.stream_bytes / facts.gpus[gpu].pinned_gb_per_s / 1e9;
+            if free.binary_search(&i).is_ok() && at != home {
+                if at.is_some() {
+                    streamed += run.streamed();
+                    run = Span::default();
                 }
-                None if home.is_some() => stream_compute += computed,
-                None => streamed += computed,
+                at = home;
             }
-            home_before = home;
+            let span = self.span(i, level, home, from);
+            (all, run) = (all.plus(1.0, span), run.plus(1.0, span));
+            from = home;
         }
-        streamed += stream_compute.max(stream_copy);
+        streamed += run.streamed();
+        let mut decode = all.decode;
         if any_gpu {
             decode += Rates::Gpu(&facts.gpus[problem.order[0]]).fixed_seconds(problem.model.n_vocab);
         }
@@ -612,8 +737,28 @@ impl<'a> Tables<'a> {
             let cpu = Rates::Cpu { host: &facts.host, threads: problem.threads };
             decode += cpu.fixed_seconds(problem.model.n_vocab);
         }
-        let streamed = if stream_copy > 0.0 { streamed } else { f64::INFINITY };
-        Times { decode, in_place: prompt, streamed }
+        let streamed = if all.copy > 0.0 { streamed } else { f64::INFINITY };
+        Times { decode, in_place: all.in_place, streamed }
+    }
+}
+
+/// Times of every run of free blocks on one GPU, with the other blocks up to the next run.
+struct Runs {
+    /// Of all blocks before each free one (before the first, nothing: its run begins with block 0), and of all.
+    before: Vec<Span>,
+    /// What each free block takes more when the free block before it is on another GPU.
+    handover: Vec<Span>,
+}
+
+impl Runs {
+    /// Seconds of the workload in the run of free blocks `start..end`.
+    fn seconds(&self, tables: &Tables, start: usize, end: usize) -> f64 {
+        let mut span = self.before[end].plus(-1.0, self.before[start]);
+        if start > 0 {
+            span = span.plus(1.0, self.handover[start]);
+        }
+        let prompt = if tables.sizes.stream { span.streamed() } else { span.in_place };
+        tables.problem.wishes.workload.generate as f64 * span.decode + tables.n_batches * prompt
     }
 }
 

@@ -258,7 +258,7 @@ fn any_shape() -> impl Strategy<Value = Shape> {
 fn any_machine() -> impl Strategy<Value = Machine> {
     let card = prop::sample::select(vec!["rtx3060-12gb", "rtx4090", "h200"]);
     let host = prop::sample::select(vec!["ddr4-16gb", "cascade-lake-2c-16gb", "server-16c-128gb"]);
-    (prop::collection::vec((card, 0u64..200), 0..3), host, 600u64..1200).prop_map(|(cards, host, ram)| {
+    (prop::collection::vec((card, 0u64..200), 0..4), host, 600u64..1200).prop_map(|(cards, host, ram)| {
         let names: Vec<&str> = cards.iter().map(|c| c.0).chain([host]).collect();
         let mut facts = known(&names.join("+"));
         for (gpu, (_, mib)) in facts.gpus.iter_mut().zip(&cards) {
