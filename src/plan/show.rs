@@ -1,7 +1,7 @@
 //! A plan in words: text, one line, a page, and what would change it. Nothing is computed here that is not in
 //! the plan, except the plans that `why` compares with.
 
-use super::{Device, Plan, Pool, Refusal, Wishes, n_parts, plan};
+use super::{Device, Need, Plan, Pool, Refusal, Wishes, n_parts, plan};
 use crate::machine::Machine;
 use std::fmt::Write;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
@@ -203,13 +203,22 @@ fn depth(plan: &Plan) -> usize {
     (plan.workload.prompt + plan.workload.generate / 2).min(plan.n_ctx)
 }
 
-/// A refusal with its numbers.
+/// A refusal with its numbers: the missing ones in the first line.
 pub(super) fn refusal(refusal: &Refusal) -> String {
     let mut out = refusal.reason.clone();
-    for need in &refusal.needs {
+    let missing = |need: &Need| need.needed.saturating_sub(need.available);
+    for (nth, need) in refusal.needs.iter().filter(|n| missing(n) > 0).enumerate() {
         let (needed, available) = (size(need.needed), size(need.available));
-        let missing = need.needed.saturating_sub(need.available);
-        let verdict = if missing > 0 { format!("{} too much", size(missing)) } else { "enough".into() };
+        let _ = write!(
+            out,
+            "{} {} needs {needed}, {available} are available",
+            if nth == 0 { ":" } else { ";" },
+            need.device
+        );
+    }
+    for need in refusal.needs.iter().filter(|_| refusal.needs.len() > 1) {
+        let (needed, available) = (size(need.needed), size(need.available));
+        let verdict = if missing(need) > 0 { format!("{} too much", size(missing(need))) } else { "enough".into() };
         let _ =
             write!(out, "\n  {:<6} needs {needed:>11}, available {available:>11}: {verdict}", need.device.to_string());
     }
@@ -283,7 +292,7 @@ pub fn why(plan_now: &Plan, model: &Model, facts: &Machine, wishes: &Wishes) -> 
     let mut faster = facts.clone();
     faster.host.read.iter_mut().for_each(|r| r.gb_per_s *= 1.5);
     faster.host.kernels.iter_mut().for_each(|k| k.decode_gb_per_s *= 1.5);
-    compare("half as much RAM bandwidth more", model, &faster, wishes);
+    compare("1.5 times the RAM bandwidth", model, &faster, wishes);
     for ty in [TensorType::Q8_0, TensorType::Q6_K, TensorType::Q4_K, TensorType::Q3_K] {
         compare(&format!("all weights {ty}"), &retyped(model, ty), facts, wishes);
     }
@@ -324,6 +333,11 @@ fn colour(name: &str) -> &'static str {
         "embed" => "#a8bf7a",
         "kv" => "#8a5fb5",
         "states" => "#b493d6",
+        "scratch" => "#4d9c94",
+        "logits" => "#9fd0ca",
+        "staging" => "#d9b13b",
+        "pinned" => "#ecd48a",
+        "graphs" => "#8b95a1",
         "hand-offs" => "#d14b5a",
         "launch, sampling" => "#8b95a1",
         _ => "#b9c1ca",
