@@ -74,6 +74,30 @@ impl Budget {
         Ok(size)
     }
 
+    /// A copy of `value` for a place that outlives the statement, down to what cannot change: a namespace that held
+    /// itself, or a loop that did, would never be freed. Macros are let go of by the engine.
+    fn kept(&self, value: &Value) -> Result<Value, Error> {
+        fn copy(value: &Value) -> Result<Value, Error> {
+            let kind = value.as_object().map_or("", |object| object.type_name());
+            match value.kind() {
+                _ if kind.ends_with("::Namespace") => Err(refused("a namespace is kept in another or in itself")),
+                _ if kind.ends_with("::Macro") => Ok(value.clone()),
+                ValueKind::Map => {
+                    let pair = |key: Value| Ok((key.clone(), copy(&value.get_item(&key)?)?));
+                    Ok(value.try_iter()?.map(pair).collect::<Result<Vec<_>, Error>>()?.into_iter().collect())
+                }
+                ValueKind::Seq | ValueKind::Iterable => {
+                    let items: Result<Vec<Value>, Error> = value.try_iter()?.map(|item| copy(&item)).collect();
+                    Ok(Value::from(items?))
+                }
+                _ if kind.is_empty() => Ok(value.clone()),
+                found => Err(refused(format!("a value of type {found} is kept"))),
+            }
+        }
+        self.read(value, 0)?;
+        copy(value)
+    }
+
     /// Pays for a value that was just made. Its elements were paid for before.
     fn made(&self, value: &Value) -> Result<(), Error> {
         let elements = value.len().filter(|_| value.as_str().is_none()).unwrap_or(0);
@@ -106,6 +130,8 @@ impl Budget {
     pub(super) fn install(self: &Arc<Self>, env: &mut Environment<'_>) {
         let budget = self.clone();
         env.add_filter("operand!", move |value: Value| budget.read(&value, 0).map(|_| value));
+        let budget = self.clone();
+        env.add_filter("kept!", move |value: Value| budget.kept(&value));
         let budget = self.clone();
         env.add_filter("container!", move |value: Value| {
             Self::spend(&budget.work, text_len(&value) + value.len().unwrap_or(0) as i64).map(|()| value)
@@ -147,6 +173,11 @@ impl Budget {
         let budget = self.clone();
         env.add_function("method!", move |state: &State, subject: Value, name: &str, arguments: Rest<Value>| {
             budget.operation(&subject, &arguments)?;
+            let mut arguments = arguments.0;
+            if name == "changed" {
+                // A loop keeps what it was asked about last.
+                arguments = arguments.iter().map(|argument| budget.kept(argument)).collect::<Result<_, _>>()?;
+            }
             let value = subject.call_method(state, name, &arguments)?;
             budget.made(&value).map(|()| value)
         });
@@ -310,8 +341,8 @@ impl Rewriter {
             }
             Stmt::Set(s) => {
                 let value = self.expr(&s.expr)?;
-                // An attribute keeps values alive in each other: their depth is checked.
-                let value = if matches!(s.target, Expr::GetAttr(_)) { wrap("operand!", value) } else { value };
+                // An attribute, maybe one of several targets, keeps the value alive.
+                let value = if matches!(s.target, Expr::Var(_)) { value } else { wrap("kept!", value) };
                 Stmt::Set(Spanned::new(Set { target: self.target(&s.target)?, expr: value }, s.span()))
             }
             Stmt::SetBlock(s) if s.filter.is_none() => Stmt::SetBlock(Spanned::new(

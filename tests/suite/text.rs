@@ -390,7 +390,10 @@ fn hostile_templates_end_with_an_error_in_bounded_time_and_memory() {
         "{% set o = namespace() %}{% for i in range(60000) %}{% set n = namespace() %}{% set n.p = o.p %}{% set o.p = n %}{% endfor %}".into(),
         "{% set o = namespace(p=1) %}{% for i in range(60000) %}{% set o.p = dict(a=o.p) %}{% endfor %}".into(),
         "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}".into(),
-
+        "{% set ns = namespace() %}{% set ns.a = [{'b': ns}] %}".into(),
+        "{% set ns = namespace() %}{% set ns.a, b = ns, 1 %}".into(),
+        "{% set ns = namespace() %}{% for a in [ns, ns] %}{% set ns.a = loop %}{% endfor %}".into(),
+        "{% set ns = namespace() %}{% set ns.a = range %}".into(),
         "{% set x = 'a' * 5000000 %}{{ x.replace('a', x) }}".into(),
         "{% set x = 'a' * 5000000 %}{{ x | replace('a', x) }}".into(),
         "{% set x = 'a' * 5000000 %}{{ x | list | join(x) }}".into(),
@@ -443,4 +446,7 @@ fn hostile_templates_end_with_an_error_in_bounded_time_and_memory() {
     // Macros that hold each other, tens of thousands deep, are let go of without harm.
     let chain = "{% set o = namespace(p=1) %}{% for i in range(60000) %}{% set q = o.p %}{% macro m() %}{{ q }}{% endmacro %}{% set o.p = m %}{% endfor %}{{ o.p() }}";
     assert!(rendered(chain, &RenderOptions::default()).is_ok());
+    // A loop that is asked about itself keeps a copy.
+    let changed = "{% for a in messages %}{{ loop.changed(loop) }}{% endfor %}";
+    assert_eq!(rendered(changed, &RenderOptions::default()).as_deref(), Ok("TrueTrueTrueTrue"));
 }
