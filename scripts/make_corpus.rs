@@ -16,6 +16,8 @@ pub(crate) enum Stage {
     Model,
     /// Building its tokenizer.
     Tokenizer,
+    /// Parsing its chat template and rendering a message with it.
+    Template,
 }
 
 /// A crafted file or split set.
@@ -773,17 +775,101 @@ fn tokenizer_cases() -> Vec<Case> {
     ]
 }
 
+fn template_cases() -> Vec<Case> {
+    let with = |name: &'static str, says: &'static str, value: Value| {
+        let bytes = vocabulary("gpt2", |c, _| {
+            c.key("tokenizer.chat_template", value);
+        });
+        case(name, Stage::Template, says, bytes)
+    };
+    let renders = |name: &'static str, says: &'static str, source: &str| with(name, says, text(source));
+    let key = "chat_template\": expected a chat template in Jinja, found";
+    let steps = "line 1: it takes too many steps";
+    let memory = "line 1: it does too much work or makes too much text";
+    vec![
+        with("template-number", "chat_template\": expected a string", u32(1)),
+        with(
+            "template-not-utf8",
+            "chat_template\": expected",
+            Value(8, [&4u64.to_le_bytes()[..], b"{{\xff}"].concat()),
+        ),
+        renders("template-syntax", key, "{% for m in messages %}{{ m.content }}"),
+        renders("template-text-open", key, "{{ 'unterminated }}"),
+        renders("template-inherits", "a statement that chat templates have no use for", "{% extends 'x' %}"),
+        renders("template-too-long", "it has 131073 bytes, and the most is 131072", &"x".repeat((128 << 10) + 1)),
+        renders("template-deep", key, &format!("{{{{ {}x{} }}}}", "(".repeat(5000), ")".repeat(5000))),
+        renders("template-deep-ifs", key, &("{% if x %}".repeat(1000) + &"{% endif %}".repeat(1000))),
+        renders(
+            "template-loops",
+            steps,
+            "{% for i in range(60000) %}{% for j in range(60000) %}{% endfor %}{% endfor %}",
+        ),
+        renders(
+            "template-range",
+            "line 1: an argument of 1000000000, and the most is 65536",
+            "{{ range(10**9) | list }}",
+        ),
+        renders(
+            "template-recurses",
+            "chat_template\": expected a chat template that renders a message, found",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        ),
+        renders(
+            "template-recurses-loop",
+            "chat_template\": expected a chat template that renders a message, found",
+            "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+        ),
+        renders("template-repeats", "line 1: an operation would make too much text", "{{ 'x' * 10**12 }}"),
+        renders(
+            "template-doubles",
+            memory,
+            "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        ),
+        renders("template-width", "line 1: an argument of 1000000000", "{{ 'a' | indent(10**9) }}"),
+        renders(
+            "template-nests",
+            "line 1: a value is nested more than 64 levels deep",
+            "{% set n = namespace(s=[]) %}{% for i in range(60000) %}{% set n.s = [n.s] %}{% endfor %}",
+        ),
+        renders("template-absent-method", "chat_template\": expected", "{{ messages[0].content.nonsense() }}"),
+        renders("template-refuses", "line 1: no", "{{ raise_exception('no') }}"),
+    ]
+}
+
+/// Sound templates that use most of the language, for a fuzzer to mutate.
+#[allow(dead_code, reason = "only `main` writes them")]
+fn template_seeds() -> [&'static str; 6] {
+    [
+        TEMPLATE,
+        "{%- set ns = namespace(last=-1, seen=[]) %}{%- for m in messages[::-1] %}{%- set i = messages | length - 1 - \
+         loop.index0 %}{%- if ns.last == -1 and m.role == 'user' %}{%- set ns.last = i %}{%- endif %}{%- set ns.seen = \
+         ns.seen + [m.role] %}{%- endfor %}{{ ns.last }}{{ ns.seen | join(', ') }}",
+        "{% macro turn(role, text='') %}<|im_start|>{{ role ~ '\n' ~ text | trim }}<|im_end|>\n{{ caller() if caller }}\
+         {% endmacro %}{% for m in messages if m.role != 'system' %}{{ turn(m['role'], text=m.content) }}{% endfor %}\
+         {% call turn('user') %}{{ bos_token }}{% endcall %}",
+        "{% if not messages %}{{ raise_exception('No messages.') }}{% elif messages[0].content is string %}{{ \
+         messages[0].content.split('</think>')[-1].lstrip('\\n').replace('a', 'b') }}{% else %}{{ 2 ** 3 // 2 % 3 * 'x' }}\
+         {% endif %}",
+        "{% with a = {'b': [1, 2.5, none, true]} %}{% set c %}{{ a | tojson(indent=2) }}{% endset %}{{ c | upper | \
+         replace('\\n', '') }}{{ a.items() | list }}{{ a.b | map('string') | unique | sort | first }}{% endwith %}",
+        "{% for i in range(1, 9, 2) recursive %}{{ loop.cycle('a', 'b') }}{% if loop.changed(i) and loop.first %}{% continue %}\
+         {% endif %}{{ strftime_now('%d %b %Y') }}{% break %}{% else %}{{ messages | selectattr('role', 'equalto', 'user') \
+         | map(attribute='content') | list | tojson }}{% endfor %}",
+    ]
+}
+
 /// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut all = header_cases();
     all.extend(split_cases());
     all.extend(model_cases());
     all.extend(tokenizer_cases());
+    all.extend(template_cases());
     all
 }
 
-/// Writes all files to `tests/corpus` and prints what each is for; or, together with sound models to mutate, to the
-/// folder given.
+/// Writes all files to `tests/corpus` and prints what each is for; or, together with sound models and templates to
+/// mutate, to the folder given.
 #[allow(dead_code, reason = "the test that includes this file has a main of its own")]
 fn main() -> std::io::Result<()> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus");
@@ -796,6 +882,11 @@ fn main() -> std::io::Result<()> {
         }
         std::fs::write(folder.join("sound-gpt2.gguf"), vocabulary("gpt2", |_, _| {}))?;
         std::fs::write(folder.join("sound-llama-scores.gguf"), vocabulary("llama", |_, _| {}))?;
+        let templates = folder.join("templates");
+        std::fs::create_dir_all(&templates)?;
+        for (n, source) in template_seeds().iter().enumerate() {
+            std::fs::write(templates.join(format!("{n}.jinja")), source)?;
+        }
     }
     for case in cases() {
         println!("{:36} {:?}: {}", case.name, case.stage, case.says);

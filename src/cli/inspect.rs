@@ -3,7 +3,7 @@
 
 use crate::gguf::{Error, File, Place, Problems, Value, quoted};
 use crate::model;
-use crate::text::{Tokenizer, Vocabulary};
+use crate::text::{ChatTemplate, Tokenizer, Vocabulary};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -19,7 +19,7 @@ pub struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Check the tokenizer and read every tensor too: report scales that are infinite or not a number
+    /// Check the tokenizer and the chat template and read every tensor too: report scales that are infinite or not a number
     #[arg(long)]
     pub verify: bool,
 }
@@ -91,7 +91,7 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Reads the file at `path`; with `verify` the tokenizer and every tensor's scales too.
+/// Reads the file at `path`; with `verify` the tokenizer, the chat template and every tensor's scales too.
 pub fn inspect(path: &std::path::Path, verify: bool) -> Report {
     let mut report = Report { file: path.display().to_string(), ..Report::default() };
     let mut problems = Problems::default();
@@ -119,6 +119,7 @@ pub fn inspect(path: &std::path::Path, verify: bool) -> Report {
         of_model.0.into_iter().filter(|e| !refused(e)).for_each(|e| problems.push(e));
         if verify {
             problems.keep(Vocabulary::from_metadata(file.metadata()).and_then(Tokenizer::new));
+            problems.keep(ChatTemplate::verify(file.metadata()));
             non_finite_scales(&file).into_iter().for_each(|e| problems.push(e));
             problems.keep(file.check_unchanged());
         }

@@ -14,6 +14,8 @@ use super::guard::{self, Budget};
 use super::{Error, Tokenizer};
 use crate::gguf::{self, Metadata};
 
+/// Key of the template in a file.
+const KEY: &str = "tokenizer.chat_template";
 /// Longest template. The longest of released models have some 20 KB.
 const TEMPLATE_BYTES_MAX: usize = 128 << 10;
 /// Stack of the thread that renders: the parser and the engine recurse, at most this deep for a template of
@@ -69,14 +71,30 @@ impl ChatTemplate {
     /// # Errors
     /// A template that is not text, is too long, or can't be parsed: says where and why.
     pub fn from_metadata(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<Option<Self>, gguf::Error> {
-        const KEY: &str = "tokenizer.chat_template";
-        let Some(source) = metadata.get::<&str>(KEY)? else { return Ok(None) };
         let name = |id: Option<u32>| {
             id.map_or(String::new(), |id| String::from_utf8_lossy(tokenizer.piece(id, true)).into_owned())
         };
-        Self::new(source, name(tokenizer.bos()), name(tokenizer.eos()))
-            .map(Some)
-            .map_err(|error| metadata.error(KEY, "a chat template in Jinja", error.to_string()))
+        Self::with_names(metadata, name(tokenizer.bos()), name(tokenizer.eos()))
+    }
+
+    /// Checks the template of a file, if it has one, as far as that goes without a tokenizer: it is parsed, and
+    /// renders one message of a user.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::from_metadata`] and [`ChatTemplate::render`], with the file and the key.
+    pub fn verify(metadata: &Metadata) -> Result<(), gguf::Error> {
+        if let Some(template) = Self::with_names(metadata, "<s>".into(), "</s>".into())? {
+            let rendered = template.render(&[Message::new("user", "Hello")], &RenderOptions::default());
+            let expected = "a chat template that renders a message";
+            rendered.map_err(|error| metadata.error(KEY, expected, error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn with_names(metadata: &Metadata, bos: String, eos: String) -> Result<Option<Self>, gguf::Error> {
+        let Some(source) = metadata.get::<&str>(KEY)? else { return Ok(None) };
+        let template = Self::new(source, bos, eos);
+        template.map(Some).map_err(|error| metadata.error(KEY, "a chat template in Jinja", error.to_string()))
     }
 
     /// A template with the text of the tokens that begin and end a sequence.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use tandem::cli::inspect::inspect;
 use tandem::gguf::{Error, File};
 use tandem::model;
-use tandem::text::{Tokenizer, Vocabulary};
+use tandem::text::{ChatTemplate, Tokenizer, Vocabulary};
 
 const ARCHITECTURES: [&str; 7] = ["qwen35", "qwen35moe", "qwen3next", "qwen3", "qwen3moe", "qwen2", "llama"];
 
@@ -34,6 +34,10 @@ fn refusal(case: &Case) -> Error {
     let file = opened.expect(case.name);
     match case.stage {
         Stage::Model => model::describe(&file).map(drop).expect_err(case.name),
+        Stage::Template => {
+            tokenizer(&file).expect(case.name);
+            ChatTemplate::verify(file.metadata()).expect_err(case.name)
+        }
         _ => tokenizer(&file).map(drop).expect_err(case.name),
     }
 }
