@@ -36,6 +36,9 @@ impl Batch {
 
     /// What is wrong with the batch for `n_slots` slots of `n_ctx` positions and `n_vocab` tokens.
     pub fn check(&self, n_slots: usize, n_ctx: usize, n_vocab: usize) -> Result<(), String> {
+        if self.tokens.is_empty() {
+            return Err("a batch without tokens".into());
+        }
         let mut seen = vec![false; n_slots];
         let mut total = 0usize;
         for s in &self.sequences {

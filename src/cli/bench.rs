@@ -1,8 +1,10 @@
 //! `tandem bench`: prompt and generation rates at given lengths and depths, against what the machine can read.
 
 use super::load::{self, EngineArgs, Loaded};
+use super::usage;
 use crate::engine::Session;
 use crate::plan::{self, Workload};
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -16,13 +18,13 @@ pub struct BenchArgs {
     model: Option<PathBuf>,
     /// Prompt lengths, separated by commas; 0 for none
     #[arg(short = 'p', long, value_delimiter = ',', default_value = "512", value_name = "TOKENS")]
-    prompt: Vec<usize>,
+    prompt: Vec<u32>,
     /// Generated lengths, separated by commas; 0 for none
     #[arg(short = 'n', long, value_delimiter = ',', default_value = "128", value_name = "TOKENS")]
-    generate: Vec<usize>,
+    generate: Vec<u32>,
     /// Tokens already in the context, separated by commas
     #[arg(short = 'd', long, value_delimiter = ',', default_value = "0", value_name = "TOKENS")]
-    depth: Vec<usize>,
+    depth: Vec<u32>,
     /// Repetitions of each row
     #[arg(short = 'r', long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -112,7 +114,7 @@ fn time_generation(session: &mut Session, depth: &[u32], n: usize, n_vocab: usiz
 /// # Errors
 /// A model that cannot be opened, planned or loaded, or lengths that memory does not allow.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
-    let longest = |lengths: &[usize]| lengths.iter().max().copied().unwrap_or(0);
+    let longest = |lengths: &[u32]| lengths.iter().max().map_or(0, |n| *n as usize);
     // One more position than the longest row: a generation begins with a token that is not timed.
     let prompt = longest(&args.depth) + longest(&args.prompt).max(1);
     let workload = Workload { prompt, generate: longest(&args.generate) };
@@ -121,10 +123,14 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let n_vocab = opened.model.n_vocab;
     let mut session = Session::new(&loaded.engine)?;
     let mut rows = Vec::new();
-    for &depth in &args.depth {
+    let (needed, n_ctx) = (prompt + workload.generate, loaded.engine.plan().n_ctx);
+    if needed > n_ctx {
+        return Err(usage(format!("the longest row needs {needed} positions, the context has {n_ctx}; raise --ctx")));
+    }
+    for depth in args.depth.iter().map(|n| *n as usize) {
         let tokens = noise_tokens(depth + longest(&args.prompt), n_vocab);
         let (prefix, rest) = tokens.split_at(depth);
-        for &n in args.prompt.iter().filter(|n| **n > 0) {
+        for n in args.prompt.iter().map(|n| *n as usize).filter(|n| *n > 0) {
             let mut rates = Vec::new();
             for i in 0..=args.repeat {
                 let seconds = time_prompt(&mut session, prefix, &rest[..n])?;
@@ -134,7 +140,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             }
             rows.push(Row::new(&loaded, "pp", n, depth, rates));
         }
-        for &n in args.generate.iter().filter(|n| **n > 0) {
+        for n in args.generate.iter().map(|n| *n as usize).filter(|n| *n > 0) {
             let mut rates = Vec::new();
             for i in 0..=args.repeat {
                 let seconds = time_generation(&mut session, prefix, n, n_vocab)?;
@@ -192,7 +198,7 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
             "peak_memory_bytes": peak,
             "rows": rows,
         });
-        println!("{}", serde_json::to_string_pretty(&object)?);
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&object)?)?;
         return Ok(());
     }
     let header = ["test", "depth", "tok/s", "min", "max", "predicted", "MB/token", "GB/s", "of bandwidth"];
@@ -225,10 +231,11 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
         out.push(line(&widths.iter().map(|w| "-".repeat(*w - 1) + ":").collect::<Vec<_>>()));
     }
     out.extend(cells.iter().map(|c| line(c)));
-    println!("{}\n", plan.model);
-    println!("{}\n", out.join("\n"));
+    writeln!(std::io::stdout(), "{}\n", plan.model)?;
+    writeln!(std::io::stdout(), "{}\n", out.join("\n"))?;
     let peak = peak.map_or(String::new(), |b| format!(", peak memory {:.2} GiB", b as f64 / (1u64 << 30) as f64));
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{} | {} threads, {} reading {:.1} GB/s | loaded in {:.2} s{peak} | {}",
         host.cpu,
         plan.threads,
@@ -236,6 +243,6 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
         host.read_gb_per_s(plan.threads),
         loaded.load_time.as_secs_f64(),
         *super::VERSION
-    );
+    )?;
     Ok(())
 }

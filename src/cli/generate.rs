@@ -23,7 +23,7 @@ pub enum StopReason {
 /// What a generation gave.
 #[derive(Debug)]
 pub struct Generated {
-    /// Tokens, without the one that ended the text.
+    /// Tokens, without the one by which the model ended the text.
     pub tokens: Vec<u32>,
     /// Their text.
     pub text: String,
@@ -50,7 +50,8 @@ pub struct Limits<'a> {
 }
 
 /// Continues `prompt` in `session`. `emit` gets every token with the text that it made available: complete
-/// UTF-8 that cannot become part of a stop string, possibly none, possibly that of several tokens.
+/// UTF-8 that cannot become part of a stop string, possibly none, possibly that of several tokens; at the end, without
+/// a token, the text that was held back.
 ///
 /// # Errors
 /// A prompt longer than the context, a failed step, logits that are not numbers, what `emit` returns; not an
@@ -61,10 +62,11 @@ pub fn generate(
     sampler: &mut Sampler,
     prompt: &[u32],
     limits: &Limits,
-    emit: &mut dyn FnMut(u32, &str) -> anyhow::Result<()>,
+    emit: &mut dyn FnMut(Option<u32>, &str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Generated> {
     let n_ctx = session.n_ctx();
     let mut prefix = prompt.to_vec();
+    prompt.iter().for_each(|&id| sampler.accept(id)); // penalties look back into the prompt
     let mut stream = TextStream::new(limits.stops.to_vec());
     let (mut text, mut piece) = (String::new(), String::new());
     let (mut n_prompt, mut prompt_time, mut n_steps) = (0, Duration::ZERO, 0);
@@ -88,7 +90,7 @@ pub fn generate(
         prefix.push(id);
         piece.clear();
         let stopped = stream.push(tokenizer.piece(id, false), &mut piece);
-        emit(id, &piece)?;
+        emit(Some(id), &piece)?;
         text.push_str(&piece);
         if stopped {
             break StopReason::StopString;
@@ -96,7 +98,7 @@ pub fn generate(
         if limits.n_predict.is_some_and(|n| prefix.len() - prompt.len() >= n) {
             break StopReason::Length;
         }
-        if prefix.len() >= n_ctx {
+        if prefix.len() > n_ctx {
             break StopReason::Context;
         }
         if (limits.interrupted)() {
@@ -107,8 +109,8 @@ pub fn generate(
     if stop != StopReason::StopString {
         piece.clear();
         stream.finish(&mut piece);
-        if let Some(&last) = prefix.last().filter(|_| !piece.is_empty()) {
-            emit(last, &piece)?;
+        if !piece.is_empty() {
+            emit(None, &piece)?;
             text.push_str(&piece);
         }
     }

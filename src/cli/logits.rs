@@ -56,7 +56,11 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
         }
         None => (Box::new(std::io::BufWriter::new(std::io::stdout().lock())), "standard output".into()),
     };
-    let chunk = args.chunk.map_or(engine.plan().n_batch, |n| (n as usize).min(engine.plan().n_batch));
+    let n_batch = engine.plan().n_batch;
+    let chunk = args.chunk.map_or(n_batch, |n| n as usize);
+    if chunk > n_batch {
+        return Err(usage(format!("--chunk: {chunk} tokens are more than the batch of {n_batch}; raise --batch")));
+    }
     let mut position = 0;
     for tokens in args.tokens.chunks(chunk) {
         let logits = engine.step(&mut states, &Batch::single(0, position, tokens, true))?;

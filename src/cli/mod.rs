@@ -26,7 +26,7 @@ use std::sync::LazyLock;
     about,
     propagate_version = true,
     before_help = EXAMPLES,
-    after_help = "Every option has an environment twin TANDEM_…, shown beside it; the option wins."
+    after_help = "Most options have an environment twin TANDEM_…, shown beside them in each command's help; the option wins."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -91,8 +91,9 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Logits(args) => logits::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "tandem", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new(); // the generator panics where a write fails
+            clap_complete::generate(shell, &mut Cli::command(), "tandem", &mut script);
+            Ok(std::io::stdout().write_all(&script)?)
         }
         Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
     }

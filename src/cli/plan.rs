@@ -4,6 +4,7 @@ use super::wishes::WishArgs;
 use crate::gguf::File;
 use crate::plan::{self, Workload};
 use anyhow::{Context, Result};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Options of `tandem plan`.
@@ -45,13 +46,13 @@ pub fn run(args: PlanArgs) -> Result<()> {
         std::fs::write(path, plan::html(&made, &model)).with_context(|| format!("{}: cannot write", path.display()))?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&made)?);
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&made)?)?;
         return Ok(());
     }
-    print!("{}", plan::text(&made, &model));
+    write!(std::io::stdout(), "{}", plan::text(&made, &model))?;
     if args.why {
         let why = plan::why(&made, &model, &machine, &args.wishes.wishes(workload));
-        print!("\n{why}");
+        write!(std::io::stdout(), "\n{why}")?;
     }
     Ok(())
 }

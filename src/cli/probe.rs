@@ -3,6 +3,7 @@
 use super::wishes::cache_dir;
 use crate::machine::{self, Machine};
 use anyhow::Result;
+use std::io::Write;
 
 /// Options of `tandem probe`.
 #[derive(clap::Args, Debug)]
@@ -25,14 +26,14 @@ pub struct ProbeArgs {
 pub fn run(args: ProbeArgs) -> Result<()> {
     if args.known {
         let (cards, hosts) = machine::known_names();
-        println!("cards: {}\nhosts: {}", cards.join(" "), hosts.join(" "));
+        writeln!(std::io::stdout(), "cards: {}\nhosts: {}", cards.join(" "), hosts.join(" "))?;
         return Ok(());
     }
     let facts = machine::here(cache_dir().as_deref(), args.refresh);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&facts)?);
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&facts)?)?;
     } else {
-        print!("{}", text(&facts));
+        write!(std::io::stdout(), "{}", text(&facts))?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! else to standard error.
 
 use super::chat;
-use super::generate::{self, Generated, Limits};
+use super::generate::{self, Generated, Limits, StopReason};
 use super::load::{self, EngineArgs, Loaded, Opened};
 use super::usage;
 use crate::engine::Session;
@@ -37,15 +37,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", env = "TANDEM_SYSTEM", conflicts_with = "no_template")]
     system: Option<String>,
     /// Give the prompt to the model as it is, without the file's chat template
-    #[arg(long, env = "TANDEM_NO_TEMPLATE")]
+    #[arg(long, env = "TANDEM_NO_TEMPLATE", value_parser = clap::builder::BoolishValueParser::new())]
     no_template: bool,
     /// Let a thinking model think first, where its template knows `enable_thinking`
     #[arg(long, value_name = "on|off", env = "TANDEM_THINK")]
     think: Option<Switch>,
     /// Generate at most N tokens
-    #[arg(short = 'n', long, value_name = "N", env = "TANDEM_N_PREDICT")]
-    n_predict: Option<usize>,
-    /// One JSON object per token on standard output, then a summary
+    #[arg(short = 'n', long, value_name = "N", env = "TANDEM_N_PREDICT", value_parser = clap::value_parser!(u32).range(1..))]
+    n_predict: Option<u32>,
+    /// One JSON object per token on standard output (text held back to the end comes without an id), then a summary
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -92,7 +92,7 @@ struct SamplingArgs {
     /// Seed of the random numbers [default: from the clock]
     #[arg(long, value_name = "N", env = "TANDEM_SEED")]
     seed: Option<u64>,
-    /// End before this text; may be given several times
+    /// End before this text, in the reasoning as well as in the answer; may be given several times
     #[arg(long = "stop", value_name = "TEXT")]
     stop: Vec<String>,
 }
@@ -159,65 +159,71 @@ impl SamplingArgs {
     }
 }
 
-/// What answers: a session with its tokenizer, template and sampler.
-struct Speaker<'a> {
-    args: &'a RunArgs,
-    session: Session<'a>,
+/// What turns messages into tokens and logits into text.
+struct Voice {
     tokenizer: Tokenizer,
     /// `None` with `--no-template`.
     template: Option<ChatTemplate>,
     sampler: Sampler,
 }
 
-impl<'a> Speaker<'a> {
-    fn new(args: &'a RunArgs, opened: &Opened, loaded: &'a Loaded) -> anyhow::Result<Self> {
-        let metadata = opened.file.metadata();
-        let options = args.sampling.options(metadata)?;
+impl Voice {
+    fn new(args: &RunArgs, opened: &Opened) -> anyhow::Result<Self> {
+        let (name, metadata) = (opened.file.name(), opened.file.metadata());
+        let sampler = Sampler::new(args.sampling.options(metadata)?)?;
         let tokenizer = Tokenizer::new(Vocabulary::from_metadata(metadata)?)
-            .with_context(|| format!("{}: cannot use its tokenizer", opened.file.name()))?;
+            .with_context(|| format!("{name}: cannot use its tokenizer"))?;
         if tokenizer.n_vocab() > opened.model.n_vocab {
             let (n, rows) = (tokenizer.n_vocab(), opened.model.n_vocab);
-            return Err(anyhow!("{}: {n} tokens in the vocabulary, but the model has {rows} rows", opened.file.name()));
+            return Err(anyhow!("{name}: {n} tokens in the vocabulary, but the model has {rows} rows"));
         }
         let template = if args.no_template { None } else { ChatTemplate::from_metadata(metadata, &tokenizer)? };
         if template.is_none() && !args.no_template {
-            let name = opened.file.name();
             return Err(anyhow!("{name} has no chat template; use --no-template to continue the prompt as it is"));
         }
         if args.think.is_some() && !template.as_ref().is_some_and(ChatTemplate::knows_thinking) {
             return Err(usage("--think: the chat template of this model knows no enable_thinking"));
         }
-        Ok(Self { args, session: Session::new(&loaded.engine)?, tokenizer, template, sampler: Sampler::new(options)? })
+        Ok(Self { tokenizer, template, sampler })
     }
+}
 
+/// What answers: a session with a voice.
+struct Speaker<'a> {
+    args: &'a RunArgs,
+    session: Session<'a>,
+    voice: Voice,
+}
+
+impl Speaker<'_> {
     /// Generates what follows `messages` and streams it to standard output.
     fn answer(&mut self, messages: &[Message]) -> anyhow::Result<Generated> {
         let thinking = self.args.think.map(|think| think == Switch::On);
-        let prompt = match &self.template {
+        let prompt = match &self.voice.template {
             Some(template) => template.render(messages, &RenderOptions { thinking, ..Default::default() })?,
             None => messages.iter().map(|m| m.content.as_str()).collect(),
         };
-        let ids = self.tokenizer.encode_prompt(&prompt, self.template.is_some());
+        let ids = self.voice.tokenizer.encode_prompt(&prompt, self.voice.template.is_some());
         if ids.is_empty() {
             return Err(usage("the prompt is empty"));
         }
         INTERRUPTED.store(false, Ordering::SeqCst);
         let limits = Limits {
-            n_predict: self.args.n_predict,
+            n_predict: self.args.n_predict.map(|n| n as usize),
             stops: &self.args.sampling.stop,
             interrupted: &|| INTERRUPTED.load(Ordering::SeqCst),
         };
         let mut out = Output::new(self.args.json, &prompt);
         let generated = generate::generate(
             &mut self.session,
-            &self.tokenizer,
-            &mut self.sampler,
+            &self.voice.tokenizer,
+            &mut self.voice.sampler,
             &ids,
             &limits,
             &mut |id, text| out.token(id, text),
-        )?;
+        );
         out.end()?;
-        Ok(generated)
+        generated
     }
 }
 
@@ -227,16 +233,19 @@ struct Output {
     dims: bool,
     splitter: ReasoningSplitter,
     styled: String,
+    /// Whether there is a line to end.
+    begun: bool,
 }
 
 impl Output {
     fn new(json: bool, prompt: &str) -> Self {
         let dims = std::io::stdout().is_terminal();
-        Self { json, dims, splitter: ReasoningSplitter::new(prompt), styled: String::new() }
+        Self { json, dims, splitter: ReasoningSplitter::new(prompt), styled: String::new(), begun: false }
     }
 
-    fn token(&mut self, id: u32, text: &str) -> anyhow::Result<()> {
+    fn token(&mut self, id: Option<u32>, text: &str) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
+        self.begun = true;
         if self.json {
             writeln!(out, "{}", serde_json::json!({ "id": id, "text": text }))?;
         } else if self.dims {
@@ -251,7 +260,7 @@ impl Output {
 
     fn end(&mut self) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
-        if !self.json {
+        if !self.json && self.begun {
             self.styled.clear();
             self.splitter.finish(&mut |part, text| style(part, text, &mut self.styled));
             writeln!(out, "{}", self.styled)?;
@@ -268,45 +277,66 @@ fn style(part: Part, text: &str, out: &mut String) {
     }
 }
 
-/// Figures of a generation, for the closing line and for `--json`.
-fn summary(generated: &Generated, loaded: &Loaded, n_past: usize) -> serde_json::Value {
-    let rate = |n: usize, time: std::time::Duration| if n == 0 { 0.0 } else { n as f64 / time.as_secs_f64() };
-    let engine = &loaded.engine;
-    let generate_tok_s = rate(generated.n_steps, generated.step_time);
-    let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), n_past);
-    let gb_per_s = generate_tok_s * bytes_per_token as f64 * 1e-9;
-    serde_json::json!({
-        "stop": generated.stop,
-        "load_s": loaded.load_time.as_secs_f64(),
-        "prompt_tokens": generated.n_prompt,
-        "prompt_tok_s": rate(generated.n_prompt, generated.prompt_time),
-        "generated_tokens": generated.tokens.len(),
-        "generate_tok_s": generate_tok_s,
-        "predicted_generate_tok_s": engine.plan().prediction.generate_tok_s,
-        "gb_per_s": gb_per_s,
-        "bandwidth_share": generate_tok_s * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, n_past),
-        "text": generated.text,
-    })
+/// Figures of a generation.
+#[derive(serde::Serialize)]
+struct Summary<'a> {
+    stop: StopReason,
+    load_s: f64,
+    prompt_tokens: usize,
+    prompt_tok_s: f64,
+    generated_tokens: usize,
+    generate_tok_s: f64,
+    predicted_generate_tok_s: f64,
+    gb_per_s: f64,
+    bandwidth_share: f64,
+    text: &'a str,
+}
+
+impl<'a> Summary<'a> {
+    /// Of what was generated with `n_past` tokens in the context at the end.
+    fn new(generated: &'a Generated, loaded: &Loaded, n_past: usize) -> Self {
+        let rate = |n: usize, time: std::time::Duration| if n == 0 { 0.0 } else { n as f64 / time.as_secs_f64() };
+        let (model, plan) = (loaded.engine.model(), loaded.engine.plan());
+        let generate_tok_s = rate(generated.n_steps, generated.step_time);
+        Self {
+            stop: generated.stop,
+            load_s: loaded.load_time.as_secs_f64(),
+            prompt_tokens: generated.n_prompt,
+            prompt_tok_s: rate(generated.n_prompt, generated.prompt_time),
+            generated_tokens: generated.tokens.len(),
+            generate_tok_s,
+            predicted_generate_tok_s: plan.prediction.generate_tok_s,
+            gb_per_s: generate_tok_s * plan::token_bytes(model, plan, n_past) as f64 * 1e-9,
+            bandwidth_share: generate_tok_s * plan::token_roof_seconds(model, plan, &loaded.machine, n_past),
+            text: &generated.text,
+        }
+    }
 }
 
 /// Says how a generation went: on standard output as JSON, else as a line on standard error.
 fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, n_past: usize) -> anyhow::Result<()> {
-    let figures = summary(generated, loaded, n_past);
+    let summary = Summary::new(generated, loaded, n_past);
     if args.json {
-        writeln!(std::io::stdout(), "{figures}")?;
+        writeln!(std::io::stdout(), "{}", serde_json::to_string(&summary)?)?;
         return Ok(());
     }
-    let number = |key: &str| figures[key].as_f64().unwrap_or(0.0);
+    let ended = match generated.stop {
+        StopReason::EndOfText => "",
+        StopReason::StopString => " | ended by --stop",
+        StopReason::Length => " | ended by -n",
+        StopReason::Context => " | the context is full (--ctx)",
+        StopReason::Interrupted => " | interrupted",
+    };
     eprintln!(
         "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s | {:.1} GB/s, {:.0} % of \
-         the bandwidth",
-        number("load_s"),
-        generated.n_prompt,
-        number("prompt_tok_s"),
-        generated.tokens.len(),
-        number("generate_tok_s"),
-        number("gb_per_s"),
-        number("bandwidth_share") * 100.0
+         the bandwidth{ended}",
+        summary.load_s,
+        summary.prompt_tokens,
+        summary.prompt_tok_s,
+        summary.generated_tokens,
+        summary.generate_tok_s,
+        summary.gb_per_s,
+        summary.bandwidth_share * 100.0
     );
     Ok(())
 }
@@ -321,8 +351,9 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         return Err(usage("--no-template continues a prompt: give one with -p, -f or on standard input"));
     }
     let opened = load::open(args.model.as_deref())?;
+    let voice = Voice::new(&args, &opened)?;
     let loaded = load::engine(&opened, &args.engine, Workload::default())?;
-    let mut speaker = Speaker::new(&args, &opened, &loaded)?;
+    let mut speaker = Speaker { args: &args, session: Session::new(&loaded.engine)?, voice };
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     let Some(prompt) = prompt else {
         let editor = chat::editor()?;

@@ -1,7 +1,7 @@
 //! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
 //! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so copies of them are
-//! kept at the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues from
-//! the longest copy that it shares.
+//! kept near the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues from
+//! the longest copy that it shares. Where a GPU holds states there are no copies, and such a prefix starts anew.
 
 use super::{Engine, Error, States};
 use tandem_cpu::Snapshot;
@@ -9,6 +9,10 @@ use tandem_spec::Batch;
 
 /// Bytes that copies of GDN states may take in one session.
 const SNAPSHOT_BUDGET: usize = 512 << 20;
+
+/// Tokens between the copy of a prompt and its end. Templates end a prompt with the beginning of the answer, which
+/// they render differently, or not at all, once the answer is history.
+const SNAPSHOT_TAIL: usize = 16;
 
 /// One mutable timeline over an engine.
 pub struct Session<'e> {
@@ -66,25 +70,33 @@ impl<'e> Session<'e> {
         }
         let start = self.tokens.len();
         let is_prompt = prefix.len() - start > 1;
-        if is_prompt && start > 0 {
+        let tail = prefix.len().saturating_sub(SNAPSHOT_TAIL);
+        if is_prompt && tail > start && self.states.can_snapshot() {
+            self.advance(&prefix[start..tail], false, stop)?;
             self.keep_snapshot();
         }
-        for chunk in prefix[start..].chunks(plan.n_batch) {
-            if is_prompt && stop() {
+        self.advance(&prefix[self.tokens.len()..], true, if is_prompt { stop } else { &|| false })?;
+        Ok(prefix.len() - start)
+    }
+
+    /// Computes `tokens`, which follow the timeline, in batches; the logits of the last one if they are `wanted`.
+    fn advance(&mut self, tokens: &[u32], wanted: bool, stop: &dyn Fn() -> bool) -> Result<(), Error> {
+        let end = self.tokens.len() + tokens.len();
+        for chunk in tokens.chunks(self.engine.plan().n_batch) {
+            if stop() {
                 return Err(Error::Interrupted);
             }
-            let last = self.tokens.len() + chunk.len() == prefix.len();
             let mut batch = Batch::single(self.slot, self.tokens.len(), chunk, false);
-            if !last {
+            if !wanted || self.tokens.len() + chunk.len() < end {
                 batch.wanted.clear();
             }
-            self.engine.step(&mut self.states, &batch)?;
+            if let Err(error) = self.engine.step(&mut self.states, &batch) {
+                self.clear(); // some blocks may have taken the batch in, others not
+                return Err(error);
+            }
             self.tokens.extend_from_slice(chunk);
         }
-        if is_prompt {
-            self.keep_snapshot();
-        }
-        Ok(prefix.len() - start)
+        Ok(())
     }
 
     /// Forgets the timeline.
@@ -105,17 +117,11 @@ impl<'e> Session<'e> {
                 self.states.restore(self.slot, snapshot);
                 self.tokens.truncate(*n);
             }
-            None => {
-                self.states.reset(self.slot);
-                self.tokens.clear();
-            }
+            None => self.tokens.clear(), // the next batch is at position 0
         }
     }
 
     fn keep_snapshot(&mut self) {
-        if !self.engine.model().is_hybrid() || self.snapshots.last().is_some_and(|(n, _)| *n == self.tokens.len()) {
-            return;
-        }
         let n_kept = SNAPSHOT_BUDGET / self.states.snapshot_bytes().max(1);
         if n_kept == 0 {
             return;

@@ -142,13 +142,16 @@ impl Engine {
         })
     }
 
-    /// Runs one batch through the model and returns the logits of its wanted rows `[wanted, n_vocab]`.
+    /// Runs one batch through the model (a sequence at position 0 begins its slot anew) and returns the logits of its wanted rows `[wanted, n_vocab]`.
     ///
     /// # Errors
     /// A batch that does not fit ([`Error::Batch`]); a backend that failed.
     pub fn step<'s>(&self, states: &'s mut States, batch: &Batch) -> Result<&'s [f32], Error> {
         batch.check(self.plan.n_slots, self.plan.n_ctx, self.model.n_vocab).map_err(Error::Batch)?;
         assert!(batch.tokens.len() <= self.plan.n_batch, "a batch larger than the plan's largest");
+        for sequence in batch.sequences.iter().filter(|s| s.position == 0) {
+            states.reset(sequence.slot); // on a GPU a sequence begins anew at position 0 by itself
+        }
         let x = &mut states.x[..batch.tokens.len() * self.model.n_embd];
         states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
         let logits = &mut states.logits[..];
@@ -184,14 +187,18 @@ impl Engine {
 }
 
 impl States {
-    /// Forgets what `slot` has seen. On a GPU a sequence begins anew at position 0 by itself.
-    pub fn reset(&mut self, slot: usize) {
+    fn reset(&mut self, slot: usize) {
         if let Some(cpu) = &mut self.cpu {
             cpu.reset_slot(slot);
         }
     }
 
-    /// A copy of the recurrent states of `slot`; `None` where a GPU holds some.
+    /// Whether there are recurrent states and copies of them can be made: none where a GPU holds blocks.
+    pub fn can_snapshot(&self) -> bool {
+        self.gpus.is_empty() && self.snapshot_bytes() > 0
+    }
+
+    /// A copy of the recurrent states of `slot`; `None` where a GPU holds blocks.
     pub fn snapshot(&mut self, slot: usize) -> Option<Snapshot> {
         self.cpu.as_mut().filter(|_| self.gpus.is_empty()).map(|cpu| cpu.snapshot(slot))
     }

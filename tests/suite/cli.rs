@@ -135,3 +135,21 @@ fn raw_logits_are_those_of_the_reference() {
         assert!(worst < 1e-4, "position {row}: {worst}");
     }
 }
+
+#[test]
+fn bench_measures_each_row_from_its_beginning() {
+    for model in ["qwen35-f32.gguf", "llama-f32.gguf"] {
+        let args = ["bench", &golden(model), "-p", "8,40", "-n", "4", "-d", "0,20", "-r", "2", "--json"];
+        let output = tandem(&args, &[]);
+        assert!(output.status.success(), "{model}: {}", String::from_utf8_lossy(&output.stderr));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let rows = report["rows"].as_array().unwrap();
+        let tests: Vec<&str> = rows.iter().map(|row| row["test"].as_str().unwrap()).collect();
+        assert_eq!(tests, ["pp8", "pp40", "tg4", "pp8", "pp40", "tg4"]);
+        for row in rows {
+            let rates = row["rates"].as_array().unwrap();
+            assert_eq!(rates.len(), 2);
+            assert!(rates.iter().all(|rate| rate.as_f64().unwrap() > 0.0), "{row}");
+        }
+    }
+}
