@@ -91,24 +91,15 @@ impl Matrix {
     pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Self {
         assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
         assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());
-        let (row_bytes, bytes) = (weight.row_bytes(), source.bytes(weight.tensor));
-        let row_of = |mut row: usize| {
-            let holds = |range: &&Range<usize>| {
-                row < range.len() || {
-                    row -= range.len();
-                    false
-                }
-            };
-            let start = weight.rows.iter().find(holds).expect("row within the weight").start;
-            &bytes[(start + row) * row_bytes..][..row_bytes]
-        };
+        let row_bytes = weight.row_bytes();
         let n_bytes = Self::packed_bytes(rows.len(), weight.n_cols, weight.ty, isa);
         let mut data = Storage::zeroed(n_bytes);
         let (panel_rows, no_row) = (panel_rows(isa), vec![0; row_bytes]);
         data.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
             |(panel, out)| {
                 let first = rows.start + panel * panel_rows;
-                let row = |lane: usize| if first + lane < rows.end { row_of(first + lane) } else { &no_row[..] };
+                let row =
+                    |lane: usize| if first + lane < rows.end { weight.row(source, first + lane) } else { &no_row[..] };
                 match isa {
                     Isa::Avx512 => pack_panel::<16>(weight.ty, from_fn(row), out),
                     Isa::Avx2 | Isa::Portable => pack_panel::<8>(weight.ty, from_fn(row), out),

@@ -24,7 +24,7 @@ use tandem_spec::{Batch, Block, TensorSource, TensorType, Weight};
 /// use (tied embeddings) lies there once.
 #[derive(Clone, Debug)]
 pub struct WeightsLayout {
-    ranges: HashMap<(usize, Vec<std::ops::Range<usize>>), Range>,
+    ranges: HashMap<Weight, Range>,
     /// Rotary frequencies of attention blocks, `[n_rot / 2]` f64.
     frequencies: Vec<Option<Range>>,
     total: usize,
@@ -38,7 +38,7 @@ impl WeightsLayout {
         let mut frequencies = Vec::new();
         for block in blocks {
             block.for_each(&mut |w| {
-                ranges.entry((w.tensor, w.rows.clone())).or_insert_with(|| taken.take(layout::weight_bytes(w)));
+                ranges.entry(w.clone()).or_insert_with(|| taken.take(layout::weight_bytes(w)));
             });
             frequencies.push(match block {
                 Block::Attention(b) => Some(taken.take(b.shape.rope.n_rot / 2 * 8)),
@@ -54,7 +54,7 @@ impl WeightsLayout {
     }
 
     fn range(&self, weight: &Weight) -> Range {
-        self.ranges[&(weight.tensor, weight.rows.clone())]
+        self.ranges[weight]
     }
 }
 

@@ -162,6 +162,7 @@ pub fn make(model: &Released, base: TensorType, more: TensorType) -> Made {
             Some((n_experts, n_used, n_ff)) => Block::Moe(Moe {
                 layer,
                 shape: MoeShape { n_embd: e, n_experts, n_used, n_ff, n_ff_shared: n_ff, rms_eps: 1e-6 },
+                experts: 0..n_experts,
                 ffn_norm,
                 ffn_gate_inp: m.weight(name("ffn_gate_inp"), TensorType::F32, n_experts, e),
                 ffn_gate_exps: m.linear(name("ffn_gate_exps"), false, n_experts * n_ff, e),

@@ -3,6 +3,7 @@
 //! `x += sum_e w_e down_e . (silu(gate_e . h) * (up_e . h)) + sigmoid(gate . h) * shared(h)`.
 
 use crate::{Linear, Matrix, ffn::swiglu, math};
+use std::ops::Range;
 
 /// Shape of a mixture-of-experts block.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -34,18 +35,20 @@ pub struct SharedExpert<W> {
     pub ffn_down_shexp: Linear<W>,
 }
 
-/// A mixture-of-experts block.
+/// A mixture-of-experts block, or a share of one.
 #[derive(Clone, Debug)]
 pub struct Moe<W> {
     /// Layer number, as in `blk.{layer}`.
     pub layer: usize,
     /// Sizes.
     pub shape: MoeShape,
+    /// Experts whose weights are here, all unless the block is a share; the router knows them all.
+    pub experts: Range<usize>,
     /// `[n_embd]` f32.
     pub ffn_norm: W,
     /// `[n_experts, n_embd]` f32: the router.
     pub ffn_gate_inp: W,
-    /// `[n_experts * n_ff, n_embd]`, expert after expert.
+    /// `[n_experts * n_ff, n_embd]`, expert after expert: those that are here.
     pub ffn_gate_exps: Linear<W>,
     /// `[n_experts * n_ff, n_embd]`.
     pub ffn_up_exps: Linear<W>,
@@ -70,6 +73,7 @@ impl<W> Moe<W> {
         Ok(Moe {
             layer: self.layer,
             shape: self.shape.clone(),
+            experts: self.experts.clone(),
             ffn_norm: f(&self.ffn_norm)?,
             ffn_gate_inp: f(&self.ffn_gate_inp)?,
             ffn_gate_exps: self.ffn_gate_exps.try_map(f)?,
@@ -101,6 +105,10 @@ impl Moe<Matrix> {
         for x in x.chunks_exact_mut(n_embd) {
             let h = math::rms_norm(x, &self.ffn_norm, self.shape.rms_eps);
             for (e, weight) in self.route(&h) {
+                if !self.experts.contains(&e) {
+                    continue;
+                }
+                let e = e - self.experts.start;
                 let gate = self.ffn_gate_exps.apply_stacked(e, n_ff, &h);
                 let y = swiglu(gate, &self.ffn_up_exps.apply_stacked(e, n_ff, &h));
                 let y = self.ffn_down_exps.apply_stacked(e, n_embd, &y);

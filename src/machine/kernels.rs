@@ -26,7 +26,7 @@ impl TensorSource for Zeros {
 }
 
 fn weight(ty: TensorType, n_rows: usize, n_cols: usize) -> Weight {
-    Weight { name: String::new(), tensor: 0, ty, n_cols, rows: std::iter::once(0..n_rows).collect() }
+    Weight::new(String::new(), 0, ty, n_rows, n_cols)
 }
 
 fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {

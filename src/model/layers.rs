@@ -337,6 +337,7 @@ pub(super) fn moe(r: &mut Reader, shape: &MoeShape, il: usize, norm: &str) -> Bl
     Block::Moe(Moe {
         layer: il,
         shape: shape.clone(),
+        experts: 0..n_experts,
         ffn_norm: r.vector(&n(&format!("{norm}.weight")), n_embd),
         ffn_gate_inp: r.plain_matrix(&n("ffn_gate_inp.weight"), n_embd, n_experts),
         ffn_gate_exps,

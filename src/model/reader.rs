@@ -218,7 +218,7 @@ impl<'a> Reader<'a> {
 /// Rows `rows` of a fused projection, with its scale and the same part of its bias.
 pub(super) fn part(fused: &Linear<Weight>, rows: impl Iterator<Item = Range<usize>> + Clone) -> Linear<Weight> {
     // A bias is one row; its slice is rows of one element.
-    let elements = |w: &Weight| Weight { n_cols: 1, ..w.clone() }.with_rows(rows.clone());
+    let elements = |w: &Weight| Weight { n_cols: 1, file_cols: 1, ..w.clone() }.with_rows(rows.clone());
     Linear {
         weight: fused.weight.clone().with_rows(rows.clone()),
         scale: fused.scale.clone(),

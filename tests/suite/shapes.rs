@@ -97,7 +97,7 @@ struct Maker {
 impl Maker {
     fn tensor(&mut self, name: String, ty: TensorType, n_rows: usize, n_cols: usize) -> Weight {
         self.n_tensors += 1;
-        Weight { name, tensor: self.n_tensors - 1, ty, n_cols, rows: std::iter::once(0..n_rows).collect() }
+        Weight::new(name, self.n_tensors - 1, ty, n_rows, n_cols)
     }
 
     fn vector(&mut self, name: String, n: usize) -> Weight {
@@ -204,6 +204,7 @@ fn feed_forward(m: &mut Maker, s: &Shape, layer: usize) -> Block<Weight> {
     Block::Moe(Moe {
         layer,
         shape,
+        experts: 0..n_experts,
         ffn_norm,
         ffn_gate_inp: m.tensor(format!("blk.{layer}.ffn_gate_inp.weight"), TensorType::F32, n_experts, s.n_embd),
         ffn_gate_exps: m.linear(layer, "ffn_gate_exps", n_experts * n_ff, s.n_embd, false),

@@ -311,6 +311,7 @@ impl Maker {
         Moe {
             layer,
             shape: shape.clone(),
+            experts: 0..n_experts,
             ffn_norm: self.vector(&name("ffn_norm.weight"), n_embd, 1.0, 0.2),
             ffn_gate_inp: self.source.add(&name("ffn_gate_inp.weight"), TensorType::F32, &[n_embd, n_experts], router),
             ffn_gate_exps: self.projection(&name("ffn_gate_exps"), n_experts, n_ff, n_embd, false),
