@@ -4,7 +4,7 @@
 //! input is put together from the ranges, gated and rounded; one barrier at the end.
 
 use crate::Isa;
-use crate::gemm::{Element, add_product, product_transposed};
+use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_piece, vector};
@@ -18,7 +18,7 @@ use tandem_spec::{Attention, AttentionShape, KvDtype, RopeStyle, Sequence, Tenso
 const KEYS: usize = 64;
 /// Query rows (tokens x heads of a group) that share keys, about.
 const QUERIES: usize = 64;
-/// Query rows up to which keys and values are read in place; more are worth a converted tile.
+/// Query rows up to which keys and values are read in place, once and in order; more are worth a converted tile.
 const QUERIES_IN_PLACE: usize = 8;
 /// Fewest keys of a range.
 const MIN_RANGE: usize = 256;
@@ -392,10 +392,10 @@ impl<T: Element> Kernel for Attend<'_, T> {
             unsafe {
                 let k = self.k.add(start * d);
                 if in_place {
-                    product_transposed::<V, T>([n_rows, n, d], (q, d), (k, d), (scores, KEYS));
+                    stream_product_transposed::<V, T>([n_rows, n, d], q, k, (scores, KEYS));
                 } else {
                     convert::<V, T>(k, converted, n * d);
-                    product_transposed::<V, f32>([n_rows, n, d], (q, d), (converted, d), (scores, KEYS));
+                    product_transposed::<V>([n_rows, n, d], (q, d), (converted, d), (scores, KEYS));
                 }
                 for row in 0..n_rows {
                     let visible = (self.first_visible + row / self.group).saturating_sub(start).min(n);
@@ -417,10 +417,10 @@ impl<T: Element> Kernel for Attend<'_, T> {
                 }
                 let v = self.v.add(start * d);
                 if in_place {
-                    add_product::<V, T>([n_rows, d, n], (scores, KEYS), (v, d), (sums, d));
+                    stream_add_product::<V, T>([n_rows, d, n], (scores, KEYS), v, sums);
                 } else {
                     convert::<V, T>(v, converted, n * d);
-                    add_product::<V, f32>([n_rows, d, n], (scores, KEYS), (converted, d), (sums, d));
+                    add_product::<V>([n_rows, d, n], (scores, KEYS), (converted, d), (sums, d));
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! Small f32 products of tiles that lie in the cache, written for the register file: queries times keys and
-//! probabilities times values. The second factor may be bf16.
+//! Small f32 products, written for the register file: queries times keys and probabilities times values. The second
+//! factor may be bf16. Two are for tiles that lie in the cache, two read the second factor once, from front to back.
 
 use crate::simd::Simd;
 
@@ -33,18 +33,18 @@ impl Element for u16 {
 /// # Safety
 /// The pointers hold these shapes, and `k` is a multiple of `V::LANES`.
 #[inline(always)]
-pub(crate) unsafe fn product_transposed<V: Simd, B: Element>(
+pub(crate) unsafe fn product_transposed<V: Simd>(
     [m, n, k]: [usize; 3],
     (a, lda): (*const f32, usize),
-    (b, ldb): (*const B, usize),
+    (b, ldb): (*const f32, usize),
     (c, ldc): (*mut f32, usize),
 ) {
     /// Rows `0..4` (the last `4 - ROWS` are not there) times columns `0..COLS`.
     #[inline(always)]
-    unsafe fn block<V: Simd, B: Element, const ROWS: usize, const COLS: usize>(
+    unsafe fn block<V: Simd, const ROWS: usize, const COLS: usize>(
         k: usize,
         (a, lda): (*const f32, usize),
-        (b, ldb): (*const B, usize),
+        (b, ldb): (*const f32, usize),
         (c, ldc): (*mut f32, usize),
     ) {
         // SAFETY: the caller's shapes include ROWS rows and COLS columns here.
@@ -52,7 +52,7 @@ pub(crate) unsafe fn product_transposed<V: Simd, B: Element>(
             let mut sums = [[V::splat(0.0); 4]; COLS];
             for i in (0..k).step_by(V::LANES) {
                 for col in 0..COLS {
-                    let b = B::load::<V>(b.add(col * ldb + i));
+                    let b = V::load(b.add(col * ldb + i));
                     for row in 0..ROWS {
                         sums[col][row] = V::load(a.add(row * lda + i)).mul_add(b, sums[col][row]);
                     }
@@ -67,21 +67,21 @@ pub(crate) unsafe fn product_transposed<V: Simd, B: Element>(
         }
     }
     #[inline(always)]
-    unsafe fn rows<V: Simd, B: Element, const ROWS: usize>(
+    unsafe fn rows<V: Simd, const ROWS: usize>(
         n: usize,
         k: usize,
         a: (*const f32, usize),
-        (b, ldb): (*const B, usize),
+        (b, ldb): (*const f32, usize),
         (c, ldc): (*mut f32, usize),
     ) {
         let whole = n - n % 3;
         // SAFETY: columns stay below n.
         unsafe {
             for col in (0..whole).step_by(3) {
-                block::<V, B, ROWS, 3>(k, a, (b.add(col * ldb), ldb), (c.add(col), ldc));
+                block::<V, ROWS, 3>(k, a, (b.add(col * ldb), ldb), (c.add(col), ldc));
             }
             for col in whole..n {
-                block::<V, B, ROWS, 1>(k, a, (b.add(col * ldb), ldb), (c.add(col), ldc));
+                block::<V, ROWS, 1>(k, a, (b.add(col * ldb), ldb), (c.add(col), ldc));
             }
         }
     }
@@ -90,10 +90,10 @@ pub(crate) unsafe fn product_transposed<V: Simd, B: Element>(
         unsafe {
             let (a, c) = ((a.add(row * lda), lda), (c.add(row * ldc), ldc));
             match m - row {
-                1 => rows::<V, B, 1>(n, k, a, (b, ldb), c),
-                2 => rows::<V, B, 2>(n, k, a, (b, ldb), c),
-                3 => rows::<V, B, 3>(n, k, a, (b, ldb), c),
-                _ => rows::<V, B, 4>(n, k, a, (b, ldb), c),
+                1 => rows::<V, 1>(n, k, a, (b, ldb), c),
+                2 => rows::<V, 2>(n, k, a, (b, ldb), c),
+                3 => rows::<V, 3>(n, k, a, (b, ldb), c),
+                _ => rows::<V, 4>(n, k, a, (b, ldb), c),
             }
         }
     }
@@ -104,18 +104,18 @@ pub(crate) unsafe fn product_transposed<V: Simd, B: Element>(
 /// # Safety
 /// The pointers hold these shapes, and `n` is a multiple of `V::LANES`.
 #[inline(always)]
-pub(crate) unsafe fn add_product<V: Simd, B: Element>(
+pub(crate) unsafe fn add_product<V: Simd>(
     [m, n, k]: [usize; 3],
     (a, lda): (*const f32, usize),
-    (b, ldb): (*const B, usize),
+    (b, ldb): (*const f32, usize),
     (c, ldc): (*mut f32, usize),
 ) {
     /// Rows `0..ROWS` times columns `0..COLS * LANES`.
     #[inline(always)]
-    unsafe fn block<V: Simd, B: Element, const ROWS: usize, const COLS: usize>(
+    unsafe fn block<V: Simd, const ROWS: usize, const COLS: usize>(
         k: usize,
         (a, lda): (*const f32, usize),
-        (b, ldb): (*const B, usize),
+        (b, ldb): (*const f32, usize),
         (c, ldc): (*mut f32, usize),
     ) {
         // SAFETY: the caller's shapes include ROWS rows and COLS vectors here.
@@ -129,7 +129,7 @@ pub(crate) unsafe fn add_product<V: Simd, B: Element>(
             for i in 0..k {
                 let mut values = [V::splat(0.0); COLS];
                 for col in 0..COLS {
-                    values[col] = B::load::<V>(b.add(i * ldb + col * V::LANES));
+                    values[col] = V::load(b.add(i * ldb + col * V::LANES));
                 }
                 for row in 0..ROWS {
                     let a = V::splat(*a.add(row * lda + i));
@@ -146,21 +146,21 @@ pub(crate) unsafe fn add_product<V: Simd, B: Element>(
         }
     }
     #[inline(always)]
-    unsafe fn rows<V: Simd, B: Element, const ROWS: usize>(
+    unsafe fn rows<V: Simd, const ROWS: usize>(
         n: usize,
         k: usize,
         a: (*const f32, usize),
-        (b, ldb): (*const B, usize),
+        (b, ldb): (*const f32, usize),
         (c, ldc): (*mut f32, usize),
     ) {
         let whole = n - n % (2 * V::LANES);
         // SAFETY: columns stay below n.
         unsafe {
             for col in (0..whole).step_by(2 * V::LANES) {
-                block::<V, B, ROWS, 2>(k, a, (b.add(col), ldb), (c.add(col), ldc));
+                block::<V, ROWS, 2>(k, a, (b.add(col), ldb), (c.add(col), ldc));
             }
             for col in (whole..n).step_by(V::LANES) {
-                block::<V, B, ROWS, 1>(k, a, (b.add(col), ldb), (c.add(col), ldc));
+                block::<V, ROWS, 1>(k, a, (b.add(col), ldb), (c.add(col), ldc));
             }
         }
     }
@@ -169,11 +169,151 @@ pub(crate) unsafe fn add_product<V: Simd, B: Element>(
         unsafe {
             let (a, c) = ((a.add(row * lda), lda), (c.add(row * ldc), ldc));
             match m - row {
-                1 => rows::<V, B, 1>(n, k, a, (b, ldb), c),
-                2 => rows::<V, B, 2>(n, k, a, (b, ldb), c),
-                3 => rows::<V, B, 3>(n, k, a, (b, ldb), c),
-                _ => rows::<V, B, 4>(n, k, a, (b, ldb), c),
+                1 => rows::<V, 1>(n, k, a, (b, ldb), c),
+                2 => rows::<V, 2>(n, k, a, (b, ldb), c),
+                3 => rows::<V, 3>(n, k, a, (b, ldb), c),
+                _ => rows::<V, 4>(n, k, a, (b, ldb), c),
             }
+        }
+    }
+}
+
+/// `c[i][j] = sum_k a[i][k] * b[j][k]` for `a` `[m, k]`, `b` `[n, k]`, `c` with rows `ldc` apart; reads `b` in order.
+///
+/// # Safety
+/// The pointers hold these shapes, and `k` is a multiple of `V::LANES`.
+#[inline(always)]
+pub(crate) unsafe fn stream_product_transposed<V: Simd, B: Element>(
+    [m, n, k]: [usize; 3],
+    a: *const f32,
+    b: *const B,
+    (c, ldc): (*mut f32, usize),
+) {
+    /// `ROWS` rows times one column; two sums a row hide the latency of additions.
+    #[inline(always)]
+    unsafe fn column<V: Simd, B: Element, const ROWS: usize>(
+        k: usize,
+        a: *const f32,
+        b: *const B,
+        c: *mut f32,
+        ldc: usize,
+    ) {
+        // SAFETY: the caller's shapes include ROWS rows here.
+        unsafe {
+            let mut sums = [[V::splat(0.0); 4]; 2];
+            let whole = k - k % (2 * V::LANES);
+            for i in (0..whole).step_by(2 * V::LANES) {
+                for half in 0..2 {
+                    let b = B::load::<V>(b.add(i + half * V::LANES));
+                    for row in 0..ROWS {
+                        sums[half][row] = V::load(a.add(row * k + i + half * V::LANES)).mul_add(b, sums[half][row]);
+                    }
+                }
+            }
+            if whole < k {
+                let b = B::load::<V>(b.add(whole));
+                for row in 0..ROWS {
+                    sums[0][row] = V::load(a.add(row * k + whole)).mul_add(b, sums[0][row]);
+                }
+            }
+            let mut both = sums[0];
+            for row in 0..ROWS {
+                both[row] = sums[0][row].add(sums[1][row]);
+            }
+            let sums = V::sums(both);
+            for row in 0..ROWS {
+                *c.add(row * ldc) = sums[row];
+            }
+        }
+    }
+    for col in 0..n {
+        for row in (0..m).step_by(4) {
+            // SAFETY: rows stay below m, columns below n.
+            unsafe {
+                let (a, b, c) = (a.add(row * k), b.add(col * k), c.add(row * ldc + col));
+                match m - row {
+                    1 => column::<V, B, 1>(k, a, b, c, ldc),
+                    2 => column::<V, B, 2>(k, a, b, c, ldc),
+                    3 => column::<V, B, 3>(k, a, b, c, ldc),
+                    _ => column::<V, B, 4>(k, a, b, c, ldc),
+                }
+            }
+        }
+    }
+}
+
+/// `c[i][j] += sum_k a[i][k] * b[k][j]` for `a` `[m, k]` with rows `lda` apart, `b` `[k, n]`, `c` `[m, n]`; reads `b` in order.
+///
+/// # Safety
+/// The pointers hold these shapes, and `n` is a multiple of `V::LANES`.
+#[inline(always)]
+pub(crate) unsafe fn stream_add_product<V: Simd, B: Element>(
+    [m, n, k]: [usize; 3],
+    (a, lda): (*const f32, usize),
+    b: *const B,
+    c: *mut f32,
+) {
+    /// `ROWS` rows times `DEPTH` rows of `b`.
+    #[inline(always)]
+    unsafe fn rows<V: Simd, B: Element, const ROWS: usize, const DEPTH: usize>(
+        n: usize,
+        (a, lda): (*const f32, usize),
+        b: *const B,
+        c: *mut f32,
+    ) {
+        // SAFETY: the caller's shapes include ROWS rows and DEPTH rows of `b` here.
+        unsafe {
+            let mut factors = [[V::splat(0.0); DEPTH]; ROWS];
+            for row in 0..ROWS {
+                for i in 0..DEPTH {
+                    factors[row][i] = V::splat(*a.add(row * lda + i));
+                }
+            }
+            for col in (0..n).step_by(V::LANES) {
+                let mut values = [V::splat(0.0); DEPTH];
+                for i in 0..DEPTH {
+                    values[i] = B::load::<V>(b.add(i * n + col));
+                }
+                for row in 0..ROWS {
+                    let c = c.add(row * n + col);
+                    let mut sum = V::load(c);
+                    for i in 0..DEPTH {
+                        sum = values[i].mul_add(factors[row][i], sum);
+                    }
+                    sum.store(c);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn all_rows<V: Simd, B: Element, const DEPTH: usize>(
+        m: usize,
+        n: usize,
+        (a, lda): (*const f32, usize),
+        b: *const B,
+        c: *mut f32,
+    ) {
+        for row in (0..m).step_by(4) {
+            // SAFETY: rows stay below m.
+            unsafe {
+                let (a, c) = ((a.add(row * lda), lda), c.add(row * n));
+                match m - row {
+                    1 => rows::<V, B, 1, DEPTH>(n, a, b, c),
+                    2 => rows::<V, B, 2, DEPTH>(n, a, b, c),
+                    3 => rows::<V, B, 3, DEPTH>(n, a, b, c),
+                    _ => rows::<V, B, 4, DEPTH>(n, a, b, c),
+                }
+            }
+        }
+    }
+    let pairs = k - k % 2;
+    // SAFETY: rows of `b` stay below k.
+    unsafe {
+        for i in (0..pairs).step_by(2) {
+            all_rows::<V, B, 2>(m, n, (a.add(i), lda), b.add(i * n), c);
+        }
+        if pairs < k {
+            all_rows::<V, B, 1>(m, n, (a.add(pairs), lda), b.add(pairs * n), c);
         }
     }
 }
