@@ -3,7 +3,6 @@
 //! head with all its query heads, a few tokens of one sequence, and a range of keys. One barrier; the output projection's
 //! input is put together from the ranges, gated and rounded; one barrier at the end.
 
-use crate::Isa;
 use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
@@ -11,6 +10,7 @@ use crate::projection::{Projection, for_each_piece, vector};
 use crate::simd::{self, Kernel, Simd, exp, for_lanes};
 use crate::state::BlockState;
 use crate::step::Step;
+use crate::{Error, Isa};
 use std::ops::Range;
 use tandem_spec::{Attention, AttentionShape, KvDtype, RopeStyle, Sequence, TensorSource, Weight};
 
@@ -62,20 +62,20 @@ pub(crate) struct AttentionBlock {
 
 impl AttentionBlock {
     /// Packs the weights of `block`.
-    pub fn load(block: &Attention<Weight>, source: &dyn TensorSource, isa: Isa) -> Self {
+    pub fn load(block: &Attention<Weight>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
         let optional = |w: &Option<Weight>| w.as_ref().map(|w| vector(w, source));
         let divisors = optional(&block.rope_freqs);
-        Self {
+        Ok(Self {
             shape: block.shape.clone(),
             attn_norm: vector(&block.attn_norm, source),
-            attn_q: Projection::load(&block.attn_q, source, isa),
-            attn_k: Projection::load(&block.attn_k, source, isa),
-            attn_v: Projection::load(&block.attn_v, source, isa),
+            attn_q: Projection::load(&block.attn_q, source, isa)?,
+            attn_k: Projection::load(&block.attn_k, source, isa)?,
+            attn_v: Projection::load(&block.attn_v, source, isa)?,
             attn_q_norm: optional(&block.attn_q_norm),
             attn_k_norm: optional(&block.attn_k_norm),
-            attn_output: Projection::load(&block.attn_output, source, isa),
+            attn_output: Projection::load(&block.attn_output, source, isa)?,
             frequencies: block.shape.rope.frequencies(divisors.as_deref()),
-        }
+        })
     }
 
     /// Bytes of the weights.

@@ -33,6 +33,14 @@ pub enum Error {
         /// What was asked for.
         bytes: usize,
     },
+    /// Memory for weights cannot be allocated.
+    #[error(
+        "cannot allocate {bytes} bytes for packed weights; free memory, put more of the model on a GPU or use a smaller one"
+    )]
+    WeightMemory {
+        /// What was asked for.
+        bytes: usize,
+    },
     /// The batch does not fit the state.
     #[error("{0}")]
     Batch(String),
@@ -174,20 +182,20 @@ impl Backend {
         for &index in blocks {
             let block = &model.blocks[index];
             let mut shared = |weight: &Weight| match &table {
-                Some(table) if Some(weight) == tied => table.clone(),
-                _ => table.insert(Arc::new(Matrix::pack(weight, source, isa))).clone(),
+                Some(table) if Some(weight) == tied => Ok::<_, Error>(table.clone()),
+                _ => Ok(table.insert(Arc::new(Matrix::pack(weight, source, isa)?)).clone()),
             };
             packed[index] = Some(pool.install(|| {
                 Ok::<_, Error>(match block {
-                    Block::Embed(b) => CpuBlock::Embed(EmbedBlock { token_embd: shared(&b.token_embd) }),
-                    Block::Attention(b) => CpuBlock::Attention(AttentionBlock::load(b, source, isa)),
+                    Block::Embed(b) => CpuBlock::Embed(EmbedBlock { token_embd: shared(&b.token_embd)? }),
+                    Block::Attention(b) => CpuBlock::Attention(AttentionBlock::load(b, source, isa)?),
                     Block::DeltaNet(b) => CpuBlock::DeltaNet(DeltaNetBlock::load(b, source, isa)?),
-                    Block::Ffn(b) => CpuBlock::Ffn(FfnBlock::load(b, source, isa)),
+                    Block::Ffn(b) => CpuBlock::Ffn(FfnBlock::load(b, source, isa)?),
                     Block::Moe(b) => CpuBlock::Moe(MoeBlock::load(b, source, isa)?),
                     Block::Head(b) => CpuBlock::Head(HeadBlock {
                         shape: b.shape.clone(),
                         output_norm: vector(&b.output_norm, source),
-                        output: Projection::of(shared(&b.output.weight), &b.output, source),
+                        output: Projection::of(shared(&b.output.weight)?, &b.output, source),
                     }),
                 })
             })?);

@@ -63,15 +63,15 @@ impl DeltaNetBlock {
         Ok(Self {
             shape: block.shape.clone(),
             attn_norm: vector(&block.attn_norm, source),
-            attn_qkv: Projection::load(&block.attn_qkv, source, isa),
-            attn_gate: Projection::load(&block.attn_gate, source, isa),
+            attn_qkv: Projection::load(&block.attn_qkv, source, isa)?,
+            attn_gate: Projection::load(&block.attn_gate, source, isa)?,
             ssm_conv1d: transposed.collect(),
             ssm_dt: vector(&block.ssm_dt, source),
             ssm_a: vector(&block.ssm_a, source),
-            ssm_beta: Projection::load(&block.ssm_beta, source, isa),
-            ssm_alpha: Projection::load(&block.ssm_alpha, source, isa),
+            ssm_beta: Projection::load(&block.ssm_beta, source, isa)?,
+            ssm_alpha: Projection::load(&block.ssm_alpha, source, isa)?,
             ssm_norm: vector(&block.ssm_norm, source),
-            ssm_out: Projection::load(&block.ssm_out, source, isa),
+            ssm_out: Projection::load(&block.ssm_out, source, isa)?,
         })
     }
 

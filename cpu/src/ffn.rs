@@ -5,7 +5,7 @@ use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
 use crate::projection::{Projection, piece_rows, vector};
 use crate::step::Step;
-use crate::{Activations, Isa};
+use crate::{Activations, Error, Isa};
 use std::ops::Range;
 use tandem_spec::{Ffn, FfnShape, TensorSource, Weight};
 
@@ -51,14 +51,14 @@ pub(crate) struct FfnBlock {
 
 impl FfnBlock {
     /// Packs the weights of `block`.
-    pub fn load(block: &Ffn<Weight>, source: &dyn TensorSource, isa: Isa) -> Self {
-        Self {
+    pub fn load(block: &Ffn<Weight>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
+        Ok(Self {
             shape: block.shape.clone(),
             ffn_norm: vector(&block.ffn_norm, source),
-            ffn_gate: Projection::load(&block.ffn_gate, source, isa),
-            ffn_up: Projection::load(&block.ffn_up, source, isa),
-            ffn_down: Projection::load(&block.ffn_down, source, isa),
-        }
+            ffn_gate: Projection::load(&block.ffn_gate, source, isa)?,
+            ffn_up: Projection::load(&block.ffn_up, source, isa)?,
+            ffn_down: Projection::load(&block.ffn_down, source, isa)?,
+        })
     }
 
     /// Bytes of the weights.

@@ -21,7 +21,7 @@ mod storage;
 #[cfg(test)]
 mod tests;
 
-use crate::{Activations, Isa};
+use crate::{Activations, Error, Isa};
 use rayon::prelude::*;
 use std::array::from_fn;
 use std::marker::PhantomData;
@@ -82,18 +82,19 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Packs all rows of `weight`.
-    pub fn pack(weight: &Weight, source: &dyn TensorSource, isa: Isa) -> Self {
+    /// Packs all rows of `weight`. An error where the memory is not there.
+    pub fn pack(weight: &Weight, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
         Self::pack_rows(weight, 0..weight.n_rows(), source, isa)
     }
 
-    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool.
-    pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Self {
+    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool. An error
+    /// where the memory is not there.
+    pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
         assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
         assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());
         let row_bytes = weight.row_bytes();
         let n_bytes = Self::packed_bytes(rows.len(), weight.n_cols, weight.ty, isa);
-        let mut data = Storage::zeroed(n_bytes);
+        let mut data = Storage::zeroed(n_bytes)?;
         let (panel_rows, no_row) = (panel_rows(isa), vec![0; row_bytes]);
         data.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
             |(panel, out)| {
@@ -106,7 +107,7 @@ impl Matrix {
                 }
             },
         );
-        Self { isa, ty: weight.ty, n_rows: rows.len(), n_cols: weight.n_cols, data }
+        Ok(Self { isa, ty: weight.ty, n_rows: rows.len(), n_cols: weight.n_cols, data })
     }
 
     /// Bytes that a packed matrix takes.

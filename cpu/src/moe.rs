@@ -11,7 +11,7 @@ use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_spec::{Moe, MoeShape, TensorSource, Weight};
+use tandem_spec::{Moe, MoeShape, SharedExpert, TensorSource, Weight};
 
 /// A token's use of an expert.
 #[derive(Clone, Copy, Debug)]
@@ -127,17 +127,20 @@ impl MoeBlock {
     /// Packs the weights of `block`.
     pub fn load(block: &Moe<Weight>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
         let n = block.shape.n_experts;
-        let plain = |w: &Weight| Projection::plain(Arc::new(crate::Matrix::pack(w, source, isa)));
-        let shared = block.shared.as_ref().map(|s| SharedBlock {
-            gate_inp: s.ffn_gate_inp_shexp.as_ref().map(plain),
-            gate: Projection::load(&s.ffn_gate_shexp, source, isa),
-            up: Projection::load(&s.ffn_up_shexp, source, isa),
-            down: Projection::load(&s.ffn_down_shexp, source, isa),
-        });
+        let plain = |w: &Weight| Ok::<_, Error>(Projection::plain(Arc::new(crate::Matrix::pack(w, source, isa)?)));
+        let shared = |s: &SharedExpert<Weight>| {
+            Ok::<_, Error>(SharedBlock {
+                gate_inp: s.ffn_gate_inp_shexp.as_ref().map(plain).transpose()?,
+                gate: Projection::load(&s.ffn_gate_shexp, source, isa)?,
+                up: Projection::load(&s.ffn_up_shexp, source, isa)?,
+                down: Projection::load(&s.ffn_down_shexp, source, isa)?,
+            })
+        };
+        let shared = block.shared.as_ref().map(shared).transpose()?;
         Ok(Self {
             shape: block.shape.clone(),
             ffn_norm: vector(&block.ffn_norm, source),
-            router: plain(&block.ffn_gate_inp),
+            router: plain(&block.ffn_gate_inp)?,
             gate: Projection::load_stack(&block.ffn_gate_exps, n, source, isa)?,
             up: Projection::load_stack(&block.ffn_up_exps, n, source, isa)?,
             down: Projection::load_stack(&block.ffn_down_exps, n, source, isa)?,

@@ -30,8 +30,8 @@ pub(crate) struct Projection {
 
 impl Projection {
     /// Packs `linear`.
-    pub fn load(linear: &Linear<Weight>, source: &dyn TensorSource, isa: Isa) -> Self {
-        Self::of(Arc::new(Matrix::pack(&linear.weight, source, isa)), linear, source)
+    pub fn load(linear: &Linear<Weight>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
+        Ok(Self::of(Arc::new(Matrix::pack(&linear.weight, source, isa)?), linear, source))
     }
 
     /// `linear` on a matrix that is already packed.
@@ -59,11 +59,11 @@ impl Projection {
         let scales = linear.scale.as_ref().map(|s| vector(s, source));
         let n_out = linear.weight.n_rows() / n;
         let one = |e: usize| {
-            let matrix = Matrix::pack_rows(&linear.weight, e * n_out..(e + 1) * n_out, source, isa);
+            let matrix = Matrix::pack_rows(&linear.weight, e * n_out..(e + 1) * n_out, source, isa)?;
             let scale = scales.as_ref().map_or(1.0, |s| s[e.min(s.len() - 1)]);
-            Self { matrix: Arc::new(matrix), scale, bias: Box::default() }
+            Ok(Self { matrix: Arc::new(matrix), scale, bias: Box::default() })
         };
-        Ok((0..n).map(one).collect())
+        (0..n).map(one).collect()
     }
 
     /// Form of activations that the matrix reads.

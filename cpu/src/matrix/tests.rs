@@ -62,7 +62,7 @@ fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize
     let mut w = vec![f32::NAN; n_rows * n_cols];
     ty.decode(&bytes, &mut w);
     let weight = source.add("w", ty, &[n_cols, n_rows], bytes);
-    let matrix = Matrix::pack(&weight, &source, isa);
+    let matrix = Matrix::pack(&weight, &source, isa).expect("memory");
     assert_eq!(matrix.n_bytes(), Matrix::packed_bytes(n_rows, n_cols, ty, isa));
 
     let mut decoded = vec![f32::NAN; n_cols];
@@ -143,7 +143,7 @@ fn extreme_codes_do_not_saturate() {
                 ty.decode(&bytes, &mut w);
                 let mut source = Buffers::default();
                 let weight = source.add("w", ty, &[n_cols, 8], bytes);
-                let matrix = Matrix::pack(&weight, &source, isa);
+                let matrix = Matrix::pack(&weight, &source, isa).expect("memory");
                 let x: Vec<f32> = (0..3 * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols]).collect();
                 let buffer = ActivationBuffer::new(x.len(), Forms::of(ty)).expect("memory");
                 let (activations, rounded) = activations(&buffer, ty, &x, n_cols);
@@ -172,7 +172,7 @@ fn packs_row_ranges_in_order() {
     TensorType::Q4_K.decode(&bytes, &mut w);
     let weight = source.add("w", TensorType::Q4_K, &[n_cols, 50], bytes).with_rows([40..50, 3..30]);
     for isa in isas() {
-        let matrix = Matrix::pack_rows(&weight, 5..25, &source, isa);
+        let matrix = Matrix::pack_rows(&weight, 5..25, &source, isa).expect("memory");
         let mut row = vec![f32::NAN; n_cols];
         for i in 0..20 {
             matrix.decode_row(i, &mut row);
@@ -216,4 +216,12 @@ fn rounding_of_activations() {
         let (block, super_block, _) = round(&x);
         assert!(!block.scale.is_finite() && !super_block.scale.is_finite());
     }
+}
+
+/// Memory that cannot be had is an error that says how much was asked for.
+#[test]
+fn refuses_weights_without_memory() {
+    let bytes = usize::MAX / 4;
+    assert!(matches!(Storage::zeroed(bytes), Err(Error::WeightMemory { bytes: asked }) if asked == bytes));
+    assert_eq!(Storage::zeroed(3).expect("three bytes")[..], [0; 3]);
 }
