@@ -1,5 +1,5 @@
-//! Decode rates of the released shapes on GPU 0, with weights of random bits: `decode [MODEL] [Q4_K_M|Q8_0] ...`. Prints
-//! tokens per second, bytes per token and the share of the measured copy bandwidth, then the time of each kind of block.
+//! Decode rates of the released shapes on GPU 0, with weights of random bits: `decode [MODEL[:Q4_K_M|Q8_0]] ... [SEQUENCES] ...`.
+//! Prints tokens per second, bytes per token and the share of the measured bandwidth, then the time of each kind of block.
 
 #[path = "../tests/shapes.rs"]
 mod shapes;
@@ -69,10 +69,18 @@ fn main() {
         Ok(device) => Arc::new(device),
         Err(e) => return println!("skipped: {e}"),
     };
-    let roof = std::env::var("TANDEM_ROOF").ok().and_then(|r| r.parse().ok()).unwrap_or(4.2e12);
     let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
     println!("{:?}", device.info().expect("a GPU"));
-    for name in &args {
+    let start = Instant::now();
+    let measured = tandem_cuda::probe::measure(&device, Compiler::new(libs.as_deref(), None).expect("NVRTC"))
+        .unwrap_or_else(|e| panic!("{e}"));
+    println!("{measured:?} in {:.2} s", start.elapsed().as_secs_f64());
+    let roof = measured.read_gb_per_s * 1e9;
+    let (numbers, names): (Vec<_>, Vec<_>) = args.iter().partition(|a| a.parse::<usize>().is_ok());
+    let counts: Vec<usize> = numbers.iter().filter_map(|n| n.parse().ok()).collect();
+    let mut cases = vec![(1, 0), (1, 4096), (1, 16384), (2, 0), (4, 0), (8, 0), (16, 0)];
+    cases.retain(|(n, _)| counts.is_empty() || counts.contains(n));
+    for name in names {
         let (model, quant) = name.split_once(':').unwrap_or((name, "Q4_K_M"));
         let Some(released) = RELEASED.iter().find(|r| r.name == model) else {
             println!("{model}: not a released shape");
@@ -94,6 +102,7 @@ fn main() {
         let compiled = start.elapsed().as_secs_f64();
         let cache = std::env::temp_dir().join("tandem-bench-cubins");
         let compiler = Compiler::new(libs.as_deref(), Some(cache)).expect("NVRTC");
+        let (free, _) = device.memory().expect("an open GPU");
         let start = Instant::now();
         let mut uploaded = (start, 0);
         let backend = Backend::load(&device, compiler, &made.blocks, &source, &options, &mut |done, _| {
@@ -116,7 +125,7 @@ fn main() {
             state.bytes(),
         );
         let bytes = bytes_per_token(&made.blocks);
-        for (n, depth) in [(1, 0), (1, 4096), (1, 16384), (2, 0), (4, 0), (8, 0), (16, 0)] {
+        for &(n, depth) in &cases {
             let mut feeds: Vec<Feed> = (0..n).map(|slot| Feed { slot, position: depth, token: 1 }).collect();
             let mut rates = Vec::new();
             for _ in 0..3 {
@@ -146,6 +155,9 @@ fn main() {
                 bytes as f64 / 1e9,
             );
         }
+        let (left, _) = device.memory().expect("an open GPU");
+        let driver = free as i64 - left as i64 - (backend.weight_bytes() + state.bytes()) as i64;
+        println!("  the driver took {:.1} MiB beside that", driver as f64 / (1 << 20) as f64);
         for (kind, n, us) in backend.time_kinds(&mut state, 20).unwrap_or_else(|e| panic!("{e}")) {
             let of_kind: Vec<_> = made.blocks.iter().filter(|b| b.kind() == kind).cloned().collect();
             let bytes = bytes_per_token(&of_kind);

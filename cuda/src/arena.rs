@@ -150,6 +150,59 @@ impl Drop for Arena {
     }
 }
 
+/// Pinned host memory that the GPU can address.
+pub(crate) struct Pinned {
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for Pinned {}
+// SAFETY: as above; whoever writes through the address answers for it.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// `bytes` bytes, at least 4.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn new(bytes: usize) -> Result<Self, Error> {
+        // SAFETY: a plain allocation, freed in `drop`.
+        let at = unsafe { result::malloc_host(bytes.max(4), sys::CU_MEMHOSTALLOC_DEVICEMAP) };
+        Ok(Self { at: at.during("allocating pinned memory")?.cast(), bytes })
+    }
+
+    /// Size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Address on the host.
+    pub fn as_ptr<T>(&self) -> *mut T {
+        self.at.cast()
+    }
+
+    /// Address on the GPU.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn device_ptr(&self) -> Result<Ptr, Error> {
+        let mut ptr = 0;
+        // SAFETY: writes one address; the memory was allocated as mapped.
+        unsafe { sys::cuMemHostGetDevicePointer_v2(&mut ptr, self.at.cast(), 0) }
+            .result()
+            .during("mapping pinned memory")?;
+        Ok(Ptr(ptr))
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`.
+        let _ = unsafe { result::free_host(self.at.cast()) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 //! one after the other ([`Backend::run`]) or the whole decode step as one graph ([`Backend::decode`]). Refuses float
 //! parameters of other types than F32, and batches larger than it was made for.
 
-use crate::arena::{Arena, Ptr, Range, Ranges};
+use crate::arena::{Arena, Pinned, Ptr, Range, Ranges};
 use crate::attention::AttentionOp;
 use crate::compile::{Compiler, Kernels, Program};
 use crate::delta_net::DeltaNetOp;
@@ -427,13 +427,13 @@ impl Backend {
             state.arena.write(self.layout.wanted, &(0..n as u32).collect::<Vec<_>>())?;
         }
         if !state.graphs.contains_key(&n) {
-            let graph = self.capture(|| self.queue_decode(state, n))?;
+            let graph = Graph::capture(&self.device, || self.queue_decode(state, n))?;
             state.graphs.insert(n, graph);
         }
-        // SAFETY: the graph's addresses are those of this state's arena and this backend's weights.
-        unsafe { result::graph::launch(state.graphs[&n].exec, self.device.stream()) }.during("launching a step")?;
+        state.graphs[&n].launch(&self.device)?;
         self.device.wait("a decode step")?;
-        let tokens = state.pinned.tokens(n).to_vec();
+        // SAFETY: it holds a token per slot, and the step that writes it has been waited for.
+        let tokens = unsafe { std::slice::from_raw_parts(state.pinned.as_ptr::<u32>(), n) }.to_vec();
         state.held =
             feeds.iter().zip(&tokens).map(|(f, t)| Feed { position: f.position + 1, token: *t, ..*f }).collect();
         Ok(tokens)
@@ -455,7 +455,7 @@ impl Backend {
             }
         }
         for time in &mut times {
-            let graph = self.capture(|| {
+            let graph = Graph::capture(&self.device, || {
                 let mut step = self.step(state);
                 (step.n_tokens, step.n_runs, step.n_wanted) = (1, 1, 1);
                 for (i, op) in self.ops.iter().enumerate().filter(|(_, op)| op.kind() == time.0) {
@@ -467,8 +467,7 @@ impl Backend {
             for warm in [true, false] {
                 let start = std::time::Instant::now();
                 for _ in 0..n {
-                    // SAFETY: the graph's addresses are those of this state's arena and this backend's weights.
-                    unsafe { result::graph::launch(graph.exec, self.device.stream()) }.during("launching blocks")?;
+                    graph.launch(&self.device)?;
                 }
                 self.device.wait(time.0)?;
                 if !warm {
@@ -477,28 +476,6 @@ impl Backend {
             }
         }
         Ok(times)
-    }
-
-    /// Captures what `queue` queues.
-    fn capture(&self, queue: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
-        let stream = self.device.stream();
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is valid; the capture is ended below on every path.
-        unsafe { result::stream::begin_capture(stream, mode) }.during("capturing a step")?;
-        let queued = queue();
-        // SAFETY: as above.
-        let graph = unsafe { result::stream::end_capture(stream) };
-        queued?;
-        let graph = graph.during("capturing a step")?;
-        let mut exec = std::ptr::null_mut();
-        // SAFETY: the graph was just captured; it is not needed after the instantiation.
-        let made = unsafe {
-            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result();
-            let _ = result::graph::destroy(graph);
-            made
-        };
-        made.during("instantiating a step")?;
-        Ok(Graph { exec })
     }
 
     fn queue_decode(&self, state: &State, n: usize) -> Result<(), Error> {
@@ -511,11 +488,9 @@ impl Backend {
                 let sampled = self.layout.sampled.map(|r| state.arena.ptr(r));
                 head.choose(&step, sampled)?;
                 // SAFETY: both hold a token per slot.
-                unsafe {
-                    sys::cuMemcpyDtoHAsync_v2(state.pinned.ptr.cast(), sampled[2].0, n * 4, self.device.stream())
-                }
-                .result()
-                .during("copying tokens")?;
+                unsafe { sys::cuMemcpyDtoHAsync_v2(state.pinned.as_ptr(), sampled[2].0, n * 4, self.device.stream()) }
+                    .result()
+                    .during("copying tokens")?;
             }
         }
         Ok(())
@@ -555,10 +530,52 @@ impl State {
     pub fn bytes(&self) -> usize {
         self.arena.bytes()
     }
+
+    /// Bytes of pinned host memory.
+    pub fn pinned_bytes(&self) -> usize {
+        self.pinned.bytes()
+    }
 }
 
-struct Graph {
+/// Kernels and copies that are launched together.
+pub(crate) struct Graph {
     exec: sys::CUgraphExec,
+}
+
+impl Graph {
+    /// Captures what `queue` queues on the stream of `device`. The addresses that it names must outlive the graph.
+    ///
+    /// # Errors
+    /// What `queue` or the driver says.
+    pub fn capture(device: &Device, queue: impl FnOnce() -> Result<(), Error>) -> Result<Self, Error> {
+        let stream = device.stream();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is valid; the capture is ended below on every path.
+        unsafe { result::stream::begin_capture(stream, mode) }.during("capturing a step")?;
+        let queued = queue();
+        // SAFETY: as above.
+        let graph = unsafe { result::stream::end_capture(stream) };
+        queued?;
+        let graph = graph.during("capturing a step")?;
+        let mut exec = std::ptr::null_mut();
+        // SAFETY: the graph was just captured; it is not needed after the instantiation.
+        let made = unsafe {
+            let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0).result();
+            let _ = result::graph::destroy(graph);
+            made
+        };
+        made.during("instantiating a step")?;
+        Ok(Self { exec })
+    }
+
+    /// Queues the graph on the stream of the device for which it was captured.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn launch(&self, device: &Device) -> Result<(), Error> {
+        // SAFETY: whoever captured the graph keeps what it names.
+        unsafe { result::graph::launch(self.exec, device.stream()) }.during("launching a step")
+    }
 }
 
 // SAFETY: graph handles may be used from any thread whose context is current.
@@ -568,34 +585,6 @@ impl Drop for Graph {
     fn drop(&mut self) {
         // SAFETY: instantiated once, destroyed once; the arena behind it is dropped later and waits for the stream.
         let _ = unsafe { result::graph::exec_destroy(self.exec) };
-    }
-}
-
-/// Pinned host memory for the tokens of a step.
-struct Pinned {
-    ptr: *mut u32,
-}
-
-// SAFETY: plain memory, written by the device during a step only.
-unsafe impl Send for Pinned {}
-
-impl Pinned {
-    fn new(bytes: usize) -> Result<Self, Error> {
-        // SAFETY: a plain allocation, freed in `drop`.
-        let ptr = unsafe { result::malloc_host(bytes.max(4), 0) }.during("allocating pinned memory")?;
-        Ok(Self { ptr: ptr.cast() })
-    }
-
-    fn tokens(&self, n: usize) -> &[u32] {
-        // SAFETY: the allocation holds a token per slot, and the step that writes it has been waited for.
-        unsafe { std::slice::from_raw_parts(self.ptr, n) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new`.
-        let _ = unsafe { result::free_host(self.ptr.cast()) };
     }
 }
 

@@ -1,4 +1,4 @@
-//! GPUs: what is there ([`probe`]), and one opened [`Device`] with its stream. Owns the context and
+//! GPUs: what is there ([`gpus`]), and one opened [`Device`] with its stream. Owns the context and
 //! the stream; refuses machines without a driver by an error, never by a panic.
 
 use crate::error::{During, Error, describe};
@@ -32,7 +32,7 @@ pub struct GpuInfo {
 ///
 /// # Errors
 /// No driver, a driver that is too old or fails, no GPU.
-pub fn probe() -> Result<Vec<GpuInfo>, Error> {
+pub fn gpus() -> Result<Vec<GpuInfo>, Error> {
     init()?;
     let n = result::device::get_count().during("counting GPUs")?;
     if n == 0 {

@@ -9,6 +9,7 @@ pub mod device;
 pub mod error;
 pub mod layout;
 pub mod ops;
+pub mod probe;
 pub mod upload;
 
 mod attention;
@@ -22,6 +23,6 @@ mod prompt;
 
 pub use backend::{Backend, Feed, State, WeightsLayout, programs};
 pub use compile::Compiler;
-pub use device::{Device, GpuInfo, probe};
+pub use device::{Device, GpuInfo, gpus};
 pub use error::Error;
 pub use ops::{Options, StateLayout};

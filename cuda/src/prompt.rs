@@ -34,6 +34,11 @@ const PLAIN_ROWS: usize = 16;
 /// 39 us there, 32 us to decode, and 97 us in `gemm_tile`.
 const DENSE_FROM: usize = 128;
 const DENSE_WEIGHTS: usize = 1 << 20;
+/// Whether chips of compute capability `arch` have instructions for products that `gemm.cu` cannot use.
+pub(crate) fn wants_dense(arch: (i32, i32)) -> bool {
+    arch.0 == 9 || arch.0 == 10
+}
+
 /// Bytes of a panel.
 const PANEL_BYTES: usize = 64 << 20;
 /// Outputs up to which the kernel for few rows is used for many: it splits the inputs, where tiles would be too few.
@@ -724,7 +729,7 @@ impl Prompt {
         let mut function = |entry| linker.function(program_rows(), entry, 0);
         Ok(Self {
             has_bf16,
-            wants_dense: arch.0 == 9 || arch.0 == 10,
+            wants_dense: wants_dense(arch),
             dense: OnceLock::new(),
             chunk,
             gemm,

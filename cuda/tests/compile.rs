@@ -51,6 +51,16 @@ fn relayout_compiles_for_every_type_and_architecture() {
     }
 }
 
+#[test]
+fn probe_compiles_for_every_architecture() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let reports = compile_all(&nvrtc, &[tandem_cuda::probe::program()], &ARCHS);
+    assert_eq!(reports.len(), ARCHS.len());
+    for (what, log) in reports {
+        assert!(spilled(&log) == 0, "{what}: {log}");
+    }
+}
+
 /// Bytes that the kernels of a report spill: in lines `N bytes stack frame, N bytes spill stores, ...`.
 fn spilled(log: &str) -> usize {
     let stores = |line: &str| line.split(" bytes spill stores").next()?.rsplit(' ').next()?.parse::<usize>().ok();

@@ -66,7 +66,7 @@ pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
 
 /// The GPUs that the driver shows, or why there are none.
 fn gpus() -> (Vec<Gpu>, Option<String>) {
-    match tandem_cuda::probe() {
+    match tandem_cuda::gpus() {
         Ok(found) => (found.iter().map(gpu).collect(), None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     }
