@@ -14,7 +14,7 @@ use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_spec::{Batch, Block, Linear, Model, TensorSource, Weight};
+use tandem_spec::{Batch, Block, Linear, Model, Panels, TensorSource, Weight};
 
 /// What can fail.
 #[derive(Debug, thiserror::Error)]
@@ -224,6 +224,19 @@ impl Backend {
     /// Bytes allocated for weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    /// The matrices of feed-forward block `block`, for a GPU that streams them: gate, up and down; of a mixture the
+    /// routed experts' gates, then their ups, then their downs.
+    ///
+    /// # Panics
+    /// If the block is not here or is of another kind.
+    pub fn panels(&self, block: usize) -> Vec<Panels> {
+        match self.blocks.get(block) {
+            Some(Some(CpuBlock::Ffn(b))) => b.projections().map(|p| p.matrix.panels()).collect(),
+            Some(Some(CpuBlock::Moe(b))) => b.routed().map(|p| p.matrix.panels()).collect(),
+            _ => panic!("block {block} is no feed-forward block of this backend"),
+        }
     }
 
     /// Instruction set in use.

@@ -63,8 +63,12 @@ impl FfnBlock {
 
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
-        let projections = [&self.ffn_gate, &self.ffn_up, &self.ffn_down];
-        size_of_val(&*self.ffn_norm) + projections.iter().map(|p| p.n_bytes()).sum::<usize>()
+        size_of_val(&*self.ffn_norm) + self.projections().map(|p| p.n_bytes()).sum::<usize>()
+    }
+
+    /// Gate, up and down.
+    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
+        [&self.ffn_gate, &self.ffn_up, &self.ffn_down].into_iter()
     }
 
     /// Adds the block to the residual stream.

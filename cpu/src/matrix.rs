@@ -1,9 +1,6 @@
 //! Weight matrices for the CPU: packed once at load into row panels, multiplied with [`Activations`].
 //!
-//! A panel holds `R` rows ([`panel_rows`]) of one matrix, block column after block column: for each block the
-//! fields of the file's block in the order of [`fields`], each field transposed so that the same unit (1, 2 or
-//! 4 bytes) of all `R` rows lies together. Nothing is re-encoded, so a panel has the bytes of its rows (the
-//! last panel is padded with zero rows), and one vector of `4 * R` bytes holds 4 consecutive codes of `R` rows: what
+//! The layout of panels is [`tandem_spec::panel`]'s: one vector of `4 * R` bytes holds 4 consecutive codes of `R` rows, what
 //! the integer dot-product instructions of every instruction set take. Rows become lanes, and no kernel
 //! adds across lanes.
 
@@ -26,7 +23,9 @@ use rayon::prelude::*;
 use std::array::from_fn;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 use storage::Storage;
+use tandem_spec::panel::{PanelMemory, Panels, fields};
 use tandem_spec::{TensorSource, TensorType, Weight};
 
 /// Rows of a panel.
@@ -34,40 +33,6 @@ pub fn panel_rows(isa: Isa) -> usize {
     match isa {
         Isa::Avx512 => 16,
         Isa::Avx2 | Isa::Portable => 8,
-    }
-}
-
-/// A field of a block: where it lies in the file's block, and the unit in which rows are interleaved.
-struct Field {
-    offset: usize,
-    len: usize,
-    unit: usize,
-}
-
-const fn field(offset: usize, len: usize, unit: usize) -> Field {
-    Field { offset, len, unit }
-}
-
-/// Fields of a block in packed order: scales first, then codes. A float is a block of its own.
-fn fields(ty: TensorType) -> &'static [Field] {
-    use TensorType::*;
-    const { assert!(cfg!(target_endian = "little"), "packed layouts are little-endian, like the file") };
-    match ty {
-        F32 => const { &[field(0, 4, 4)] },
-        F16 | BF16 => const { &[field(0, 2, 2)] },
-        Q4_0 | IQ4_NL => const { &[field(0, 2, 2), field(2, 16, 4)] },
-        Q4_1 => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 16, 4)] },
-        Q5_0 => const { &[field(0, 2, 2), field(2, 4, 4), field(6, 16, 4)] },
-        Q5_1 => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 4, 4), field(8, 16, 4)] },
-        Q8_0 => const { &[field(0, 2, 2), field(2, 32, 4)] },
-        Q2_K => const { &[field(80, 2, 2), field(82, 2, 2), field(0, 16, 1), field(16, 64, 4)] },
-        Q3_K => const { &[field(108, 2, 2), field(96, 12, 1), field(0, 32, 4), field(32, 64, 4)] },
-        Q4_K => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 12, 1), field(16, 128, 4)] },
-        Q5_K => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 12, 1), field(16, 32, 4), field(48, 128, 4)] },
-        Q6_K => const { &[field(208, 2, 2), field(192, 16, 1), field(128, 64, 4), field(0, 128, 4)] },
-        IQ4_XS => const { &[field(0, 2, 2), field(2, 2, 2), field(4, 4, 1), field(8, 128, 4)] },
-        MXFP4 => const { &[field(0, 1, 1), field(1, 16, 4)] },
-        _ => panic!("no CPU layout for tensor type {ty}: the model reader refuses it"),
     }
 }
 
@@ -146,6 +111,12 @@ impl Matrix {
         self.data.len()
     }
 
+    /// The matrix as another backend reads it.
+    pub fn panels(self: &Arc<Self>) -> Panels {
+        let (ty, n_rows, n_cols, panel_rows) = (self.ty, self.n_rows, self.n_cols, self.panel_rows());
+        Panels { ty, n_rows, n_cols, panel_rows, memory: self.clone() }
+    }
+
     /// Decodes row `row` into `out` `[n_cols]`, exactly as the file's type says.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.n_rows && out.len() == self.n_cols, "row {row} of {}, {} columns", self.n_rows, out.len());
@@ -185,6 +156,16 @@ impl Matrix {
             out.rows
         );
         kernel::mul(self, panels, x, out);
+    }
+}
+
+impl PanelMemory for Matrix {
+    fn bytes(&self) -> &[u8] {
+        &self.data
+    }
+
+    fn mapping(&self) -> Range<usize> {
+        self.data.mapping()
     }
 }
 

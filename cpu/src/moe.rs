@@ -150,10 +150,14 @@ impl MoeBlock {
 
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
-        let experts = [&self.gate, &self.up, &self.down].into_iter().flatten();
         let shared = self.shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down].into_iter().chain(&s.gate_inp));
-        let projections = experts.chain(shared).chain([&self.router]);
+        let projections = self.routed().chain(shared).chain([&self.router]);
         size_of_val(&*self.ffn_norm) + projections.map(|p| p.n_bytes()).sum::<usize>()
+    }
+
+    /// Gates, ups and downs of the routed experts.
+    pub fn routed(&self) -> impl Iterator<Item = &Projection> {
+        [&self.gate, &self.up, &self.down].into_iter().flatten()
     }
 
     /// Adds the block to the residual stream.

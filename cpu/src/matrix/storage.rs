@@ -4,7 +4,7 @@
 
 use crate::Error;
 use memmap2::{MmapMut, MmapRaw};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes that are mapped at a time; untouched ones take no memory.
@@ -36,6 +36,12 @@ impl Storage {
             *current = Some((mapping.clone(), used));
         }
         Ok(Self { mapping, start, len })
+    }
+
+    /// Addresses of the whole mapping.
+    pub fn mapping(&self) -> Range<usize> {
+        let first = self.mapping.as_ptr() as usize;
+        first..first + self.mapping.len()
     }
 }
 
