@@ -29,6 +29,8 @@ mod suite {
     mod shapes;
     /// The bundled model tells a story, remembers it in the next turn, and only what is new is computed.
     mod story;
+    /// The same model on a GPU: the CPU's text, the host's samplers, and copies of states.
+    mod story_cuda;
     /// Text becomes the tokens that other implementations give and comes back unchanged; vocabularies and chat
     /// templates that are wrong or hostile are refused in bounded time and memory.
     mod text;

@@ -111,9 +111,18 @@ impl Arena {
     /// # Errors
     /// What the driver says.
     pub fn write<T: Copy>(&self, range: Range, data: &[T]) -> Result<(), Error> {
-        assert!(size_of_val(data) <= range.bytes, "{} bytes into {range:?}", size_of_val(data));
+        self.write_at(range, 0, data)
+    }
+
+    /// The same to element `i` of a range that is an array of things of `data`'s size.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn write_at<T: Copy>(&self, range: Range, i: usize, data: &[T]) -> Result<(), Error> {
+        let at = i * size_of_val(data);
+        assert!(at + size_of_val(data) <= range.bytes, "{} bytes at {at} of {range:?}", size_of_val(data));
         self.device.bind()?;
-        let ptr = self.ptr(range);
+        let ptr = self.ptr(range).offset(at);
         // SAFETY: the destination holds `data`; a copy from pageable memory returns once it is staged, and
         // the stream is waited for in case `data` is pinned.
         unsafe {
@@ -127,14 +136,22 @@ impl Arena {
     /// # Errors
     /// What the driver says, or the fault of an earlier kernel.
     pub fn read<T: Copy>(&self, range: Range, data: &mut [T]) -> Result<(), Error> {
-        assert!(size_of_val(data) <= range.bytes, "{} bytes from {range:?}", size_of_val(data));
-        self.device.bind()?;
-        let ptr = self.ptr(range);
-        // SAFETY: the source holds `data.len()` values of a plain type; the wait keeps `data` alive until done.
-        unsafe {
-            result::memcpy_dtoh_async(data, ptr.0, self.device.stream()).during("copying from the GPU")?;
-        }
+        self.queue_read_at(range, 0, data)?;
         self.device.wait("a step")
+    }
+
+    /// Queues a copy to `data` of element `i` of a range that is an array of things of `data`'s size. The caller waits
+    /// for the stream before it uses or frees `data`.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(crate) fn queue_read_at<T: Copy>(&self, range: Range, i: usize, data: &mut [T]) -> Result<(), Error> {
+        let at = i * size_of_val(data);
+        assert!(at + size_of_val(data) <= range.bytes, "{} bytes at {at} of {range:?}", size_of_val(data));
+        self.device.bind()?;
+        let ptr = self.ptr(range).offset(at);
+        // SAFETY: the source holds `data.len()` values of a plain type there.
+        unsafe { result::memcpy_dtoh_async(data, ptr.0, self.device.stream()) }.during("copying from the GPU")
     }
 }
 

@@ -9,7 +9,7 @@ use crate::delta_net::DeltaNetOp;
 use crate::device::Device;
 use crate::error::{During, Error};
 use crate::ffn::FfnOp;
-use crate::head::HeadOp;
+use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
 use crate::moe::MoeOp;
 use crate::ops::{DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
 use crate::prompt::{Prompt, Tables};
@@ -18,7 +18,7 @@ use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use tandem_spec::{Batch, Block, TensorSource, TensorType, Weight};
+use tandem_spec::{Batch, Block, SamplerOptions, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
 /// use (tied embeddings) lies there once.
@@ -282,11 +282,57 @@ impl Backend {
         let arena = Arena::new(&self.device, "states and buffers", self.layout.bytes(), self.planned)?;
         arena.fill(self.layout.routed[1], 0)?;
         arena.fill(self.layout.done, 0)?;
-        for range in self.layout.sampled {
+        for range in self.layout.sampled.zeroed() {
             arena.fill(range, 0)?;
         }
         let pinned = Pinned::new(self.options.n_slots * 4)?;
-        Ok(State { arena, graphs: HashMap::new(), pinned, held: Vec::new() })
+        let samplers = vec![SamplerOptions::greedy(); self.options.n_slots];
+        Ok(State { arena, graphs: HashMap::new(), pinned, held: Vec::new(), running: Vec::new(), samplers })
+    }
+
+    /// Bytes of a copy of the delta-net states of one slot; 0 where no block has any.
+    pub fn snapshot_bytes(&self) -> usize {
+        self.slot_states().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// A copy, in host memory, of the delta-net states of `slot`, which belong to the position that it has reached.
+    ///
+    /// # Errors
+    /// What the driver says, or the fault of an earlier kernel.
+    pub fn snapshot(&self, state: &State, slot: usize) -> Result<Snapshot, Error> {
+        assert!(slot < self.options.n_slots, "slot {slot} of {}", self.options.n_slots);
+        let mut bytes = vec![0; self.snapshot_bytes()];
+        let mut rest = &mut bytes[..];
+        for (range, n) in self.slot_states() {
+            let part;
+            (part, rest) = rest.split_at_mut(n);
+            state.arena.queue_read_at(range, slot, part)?;
+        }
+        self.device.wait("copying states")?;
+        Ok(Snapshot(bytes))
+    }
+
+    /// Puts `slot` back to the position at which `snapshot` was taken, from the same slot: keys and values from that position
+    /// on are overwritten as the sequence goes on.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn restore(&self, state: &mut State, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        assert_eq!(snapshot.0.len(), self.snapshot_bytes(), "a copy of the same blocks");
+        let mut rest = &snapshot.0[..];
+        for (range, n) in self.slot_states() {
+            let part;
+            (part, rest) = rest.split_at(n);
+            state.arena.write_at(range, slot, part)?;
+        }
+        Ok(())
+    }
+
+    /// Where delta-net states lie, and the bytes of one slot there: every range is `[n_slots, ..]`.
+    fn slot_states(&self) -> impl Iterator<Item = (Range, usize)> {
+        let delta_nets =
+            self.blocks.iter().zip(&self.layout.blocks).filter(|((b, _), _)| matches!(b, Block::DeltaNet(_)));
+        delta_nets.flat_map(|(_, ranges)| *ranges).map(|range| (range, range.bytes / self.options.n_slots))
     }
 
     fn step<'a>(&'a self, state: &State) -> Step<'a> {
@@ -318,6 +364,7 @@ impl Backend {
         }
         self.device.bind()?;
         state.held.clear();
+        state.running.clear();
         let rows = rows(batch);
         let runs: Vec<Run> = runs(batch);
         state.arena.write(self.layout.rows, &rows)?;
@@ -398,17 +445,36 @@ impl Backend {
         }
     }
 
-    /// One decode step of several sequences, each with one token, as one graph: returns the token with the largest logit
-    /// of each. All blocks must be here, Embed first and Head last. A call that goes on where the last one ended (same
-    /// slots, next positions, the tokens that it returned) costs one graph launch and a read of 4 bytes a sequence.
+    /// One decode step of several sequences, each with one token: [`Backend::launch`] and [`Backend::wait`] with the most
+    /// likely token of each.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn decode(&self, state: &mut State, feeds: &[Feed]) -> Result<Vec<u32>, Error> {
+        let greedy = SamplerOptions::greedy();
+        self.launch(state, feeds, &vec![(&greedy, &[][..]); feeds.len()])?;
+        self.wait(state)
+    }
+
+    /// Starts one decode step of several sequences, each with one token, as one graph, and the choice of the next token of
+    /// each. All blocks must be here, Embed first and Head last. `samplers`: for each sequence how to choose (see
+    /// [`crate::can_sample`]) and all its tokens, `feeds`' included, of which penalties want the last ones. A call that goes
+    /// on where the last one ended (same slots and samplers, next positions, the tokens that were chosen) is one graph
+    /// launch.
     ///
     /// # Errors
     /// A batch that does not fit, or a fault.
-    pub fn decode(&self, state: &mut State, feeds: &[Feed]) -> Result<Vec<u32>, Error> {
+    pub fn launch(
+        &self,
+        state: &mut State,
+        feeds: &[Feed],
+        samplers: &[(&SamplerOptions, &[u32])],
+    ) -> Result<(), Error> {
         let n = feeds.len();
         assert!(
             n > 0 && matches!(self.ops.first(), Some(Op::Embed(_))) && matches!(self.ops.last(), Some(Op::Head(_)))
         );
+        assert_eq!(samplers.len(), n, "a sampler for each sequence");
         let batch = Batch {
             tokens: feeds.iter().map(|f| f.token).collect(),
             sequences: feeds
@@ -421,22 +487,80 @@ impl Backend {
             .check(self.options.n_slots, self.options.n_ctx, self.n_vocab.unwrap_or(usize::MAX))
             .map_err(Error::Batch)?;
         self.device.bind()?;
-        if state.held != feeds {
+        let goes_on = state.held == feeds;
+        if !goes_on {
             state.arena.write(self.layout.rows, &rows(&batch))?;
             state.arena.write(self.layout.runs, &runs(&batch))?;
             state.arena.write(self.layout.wanted, &(0..n as u32).collect::<Vec<_>>())?;
+        }
+        for (feed, (options, tokens)) in feeds.iter().zip(samplers) {
+            let is_same = state.samplers[feed.slot] == **options;
+            if !is_same || (!goes_on && options.window() > 0) {
+                self.set_sampler(state, feed.slot, options, tokens)?;
+            }
         }
         if !state.graphs.contains_key(&n) {
             let graph = Graph::capture(&self.device, || self.queue_decode(state, n))?;
             state.graphs.insert(n, graph);
         }
+        state.held.clear(); // until the tokens are known
         state.graphs[&n].launch(&self.device)?;
+        state.running = feeds.to_vec();
+        Ok(())
+    }
+
+    /// Waits for the step that was started and returns the token that it chose for each sequence: 4 bytes each, which
+    /// the device wrote to host memory.
+    ///
+    /// # Errors
+    /// [`Error::Logits`], or a fault.
+    pub fn wait(&self, state: &mut State) -> Result<Vec<u32>, Error> {
+        let feeds = std::mem::take(&mut state.running);
+        assert!(!feeds.is_empty(), "a step was started");
+        self.device.bind()?;
         self.device.wait("a decode step")?;
         // SAFETY: it holds a token per slot, and the step that writes it has been waited for.
-        let tokens = unsafe { std::slice::from_raw_parts(state.pinned.as_ptr::<u32>(), n) }.to_vec();
-        state.held =
-            feeds.iter().zip(&tokens).map(|(f, t)| Feed { position: f.position + 1, token: *t, ..*f }).collect();
+        let tokens = unsafe { std::slice::from_raw_parts(state.pinned.as_ptr::<u32>(), feeds.len()) }.to_vec();
+        if let Some(i) = tokens.iter().position(|t| *t == NO_TOKEN) {
+            return Err(Error::Logits { slot: feeds[i].slot });
+        }
+        let next = |(f, t): (&Feed, &u32)| Feed { position: f.position + 1, token: *t, ..*f };
+        state.held = feeds.iter().zip(&tokens).map(next).collect();
         Ok(tokens)
+    }
+
+    /// Writes how `slot` chooses, after `tokens`.
+    fn set_sampler(
+        &self,
+        state: &mut State,
+        slot: usize,
+        options: &SamplerOptions,
+        tokens: &[u32],
+    ) -> Result<(), Error> {
+        let sampled = &self.layout.sampled;
+        let recent = options.recent(tokens);
+        state.arena.write_at(sampled.samplers, slot, &[SlotSampler::new(options, recent.len())])?;
+        if options.window() > 0 {
+            let mut window = [0; MAX_WINDOW];
+            window[..recent.len()].copy_from_slice(recent);
+            state.arena.write_at(sampled.recent, slot, &window)?;
+            let mut counts = vec![0u16; self.n_vocab.unwrap_or(0)];
+            recent.iter().for_each(|t| counts[*t as usize] += 1); // the batches that fed them were checked
+            state.arena.write_at(sampled.counts, slot, &counts)?;
+        }
+        state.samplers[slot] = options.clone();
+        Ok(())
+    }
+
+    /// Seconds that the device was at work, from the first kernel of a decode step to its last, over all steps of
+    /// `state`.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn busy_seconds(&self, state: &State) -> Result<f64, Error> {
+        let mut clock = [0u64; 2];
+        state.arena.read(self.layout.sampled.clock, &mut clock)?;
+        Ok(clock[1] as f64 * 1e-9)
     }
 
     /// Device time in microseconds, and number, of the blocks of each kind in a decode step of one sequence: a graph of
@@ -485,12 +609,7 @@ impl Backend {
             step.state = self.state_of(state, i);
             op.launch(&step).map_err(|e| self.in_block(i, e))?;
             if let Op::Head(head) = op {
-                let sampled = self.layout.sampled.map(|r| state.arena.ptr(r));
-                head.choose(&step, sampled)?;
-                // SAFETY: both hold a token per slot.
-                unsafe { sys::cuMemcpyDtoHAsync_v2(state.pinned.as_ptr(), sampled[2].0, n * 4, self.device.stream()) }
-                    .result()
-                    .during("copying tokens")?;
+                head.choose(&step, state.pinned.device_ptr()?)?;
             }
         }
         Ok(())
@@ -516,12 +635,19 @@ pub struct Feed {
     pub token: u32,
 }
 
+/// A copy of the delta-net states of one slot.
+pub struct Snapshot(Vec<u8>);
+
 /// What changes from step to step: KV rows, delta-net states, activations, and the graphs that work on them.
 pub struct State {
     graphs: HashMap<usize, Graph>,
     pinned: Pinned,
     /// What rows and runs hold on the device.
     held: Vec<Feed>,
+    /// The step that was started and not waited for.
+    running: Vec<Feed>,
+    /// By slot, as the device holds them.
+    samplers: Vec<SamplerOptions>,
     arena: Arena,
 }
 

@@ -49,6 +49,13 @@ DEVICE void wait_for_inputs() {
 #endif
 }
 
+// Time of the device, which advances in steps of up to a microsecond.
+DEVICE u64 nanoseconds() {
+    u64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
 // Weights are read once: past the L1, marked to leave the L2 first.
 DEVICE uint4 load_weights(const uint4* p) {
     uint4 v;

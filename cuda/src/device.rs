@@ -1,8 +1,10 @@
 //! GPUs: what is there ([`gpus`]), and one opened [`Device`] with its stream. Owns the context and
 //! the stream; refuses machines without a driver by an error, never by a panic.
 
-use crate::error::{During, Error, describe};
+use crate::error::{During, Error, count_call, describe};
 use cudarc::driver::{result, sys};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Oldest CUDA version of a driver that works: kernels are launched through `cuLaunchKernelEx`.
 const MIN_DRIVER: i32 = 12000;
@@ -64,8 +66,15 @@ fn init() -> Result<i32, Error> {
     Ok(version)
 }
 
+thread_local! {
+    /// Number of the device whose context is current on this thread; 0 for none.
+    static CURRENT: Cell<u64> = const { Cell::new(0) };
+}
+
 /// One GPU with its context and the stream on which every kernel runs.
 pub struct Device {
+    /// Tells devices apart that were opened one after the other.
+    number: u64,
     ordinal: usize,
     device: sys::CUdevice,
     context: sys::CUcontext,
@@ -101,6 +110,7 @@ impl Device {
         let n_sms = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: `device` is valid; the retained context is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.during("creating a CUDA context")?;
+        CURRENT.set(0);
         // SAFETY: `context` is the retained primary context.
         unsafe { result::ctx::set_current(context) }.during("making a CUDA context current")?;
         let stream = match result::stream::create(result::stream::StreamKind::NonBlocking) {
@@ -111,7 +121,10 @@ impl Device {
                 return Err(Error::Driver { call: "creating a stream", reason: describe(e) });
             }
         };
-        Ok(Self { ordinal, device, context, stream, n_sms, compute_capability: (major, minor), driver_version })
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        let number = OPENED.fetch_add(1, Ordering::Relaxed) + 1;
+        CURRENT.set(number);
+        Ok(Self { number, ordinal, device, context, stream, n_sms, compute_capability: (major, minor), driver_version })
     }
 
     /// What the planner needs to know; free memory is read now.
@@ -170,8 +183,13 @@ impl Device {
     /// # Errors
     /// What the driver says.
     pub(crate) fn bind(&self) -> Result<(), Error> {
+        if CURRENT.get() == self.number {
+            return Ok(());
+        }
         // SAFETY: the context lives as long as `self`.
-        unsafe { result::ctx::set_current(self.context) }.during("making a CUDA context current")
+        unsafe { result::ctx::set_current(self.context) }.during("making a CUDA context current")?;
+        CURRENT.set(self.number);
+        Ok(())
     }
 
     /// Free and total bytes of the GPU now.
@@ -188,6 +206,7 @@ impl Device {
     /// # Errors
     /// The fault.
     pub(crate) fn wait(&self, block: &str) -> Result<(), Error> {
+        count_call();
         // SAFETY: the stream lives as long as `self`.
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| Error::Kernel {
             block: block.to_string(),
@@ -199,6 +218,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        CURRENT.set(0);
         // SAFETY: both handles are ours and nothing that uses them outlives the device.
         unsafe {
             let _ = result::ctx::set_current(self.context);

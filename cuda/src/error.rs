@@ -1,6 +1,7 @@
 //! What can go wrong on a GPU, one clear line each: what, where, expected, found, what to do.
 
 use cudarc::driver::{result::DriverError, sys::CUresult};
+use std::cell::Cell;
 
 /// Failures of the CUDA backend.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +92,12 @@ pub enum Error {
     /// A batch that the state cannot take.
     #[error("{0}")]
     Batch(String),
+    /// Logits that no token can be chosen from: the computation before is wrong.
+    #[error("the logits of slot {slot} are unusable: one is not a number or infinite, or none is finite")]
+    Logits {
+        /// Slot of the sequence.
+        slot: usize,
+    },
 }
 
 /// The driver's name and sentence for an error.
@@ -98,6 +105,20 @@ pub(crate) fn describe(e: DriverError) -> String {
     let text =
         |s: Result<&std::ffi::CStr, DriverError>| s.map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     format!("{} ({})", text(e.error_string()), text(e.error_name()))
+}
+
+thread_local! {
+    static CALLS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Driver calls that this thread has made, but for those that free something: shows what a step costs the host.
+pub fn driver_calls() -> u64 {
+    CALLS.get()
+}
+
+/// Every place that calls the driver passes here, most of them through [`During`].
+pub(crate) fn count_call() {
+    CALLS.set(CALLS.get() + 1);
 }
 
 /// Adds what was attempted to a driver error.
@@ -108,6 +129,7 @@ pub(crate) trait During<T> {
 
 impl<T> During<T> for Result<T, DriverError> {
     fn during(self, call: &'static str) -> Result<T, Error> {
+        count_call();
         self.map_err(|e| Error::Driver { call, reason: describe(e) })
     }
 }

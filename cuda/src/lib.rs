@@ -21,8 +21,9 @@ mod head;
 mod moe;
 mod prompt;
 
-pub use backend::{Backend, Feed, State, WeightsLayout, programs};
+pub use backend::{Backend, Feed, Snapshot, State, WeightsLayout, programs};
 pub use compile::Compiler;
 pub use device::{Device, GpuInfo, gpus};
-pub use error::Error;
+pub use error::{Error, driver_calls};
+pub use head::can_sample;
 pub use ops::{Options, StateLayout};

@@ -74,6 +74,7 @@ struct EmbedArgs {
     const Row* rows;      // [n_rows]
     float* x;             // [n_rows, N]
     u64 n_blocks;
+    u64* started;         // when this kernel, the first of a step, began
 };
 static_assert(sizeof(EmbedArgs) == EMBED_ARGS, "EmbedArgs differs from norm.rs");
 
@@ -81,6 +82,7 @@ static_assert(sizeof(EmbedArgs) == EMBED_ARGS, "EmbedArgs differs from norm.rs")
 // Grid (ceil(N / 256), n_rows).
 KERNEL embed(const EmbedArgs a) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i == 0 && blockIdx.y == 0) *a.started = nanoseconds();
     if (i < N) a.x[(u64)blockIdx.y * N + i] = value<TYPE>(a.weight, a.n_blocks, (u64)a.rows[blockIdx.y].token * N + i);
 }
 #endif

@@ -5,6 +5,7 @@ use crate::arena::{Ptr, Range, Ranges};
 use crate::compile::{Args, Function, Kernels, Launch, Program};
 use crate::device::Device;
 use crate::error::Error;
+use crate::head::Sampled;
 use tandem_spec::{Block, KvDtype, Linear, TensorType, Weight};
 
 /// A weight in device memory, in the layout of [`crate::layout`].
@@ -123,7 +124,7 @@ pub struct StateLayout {
     pub(crate) routed: [Range; 4],
     pub(crate) done: Range,
     pub(crate) logits: Range,
-    pub(crate) sampled: [Range; 3],
+    pub(crate) sampled: Sampled<Range>,
     total: usize,
 }
 
@@ -213,7 +214,7 @@ impl StateLayout {
             ],
             done: ranges.take(done * 4),
             logits: ranges.take(logit_rows * n_vocab * 4),
-            sampled: [ranges.take(n_slots * 8), ranges.take(n_slots * 4), ranges.take(n_slots * 4)],
+            sampled: Sampled::new(&mut ranges, n_slots, n_vocab),
             total: ranges.total(),
         }
     }
@@ -245,6 +246,7 @@ pub(crate) struct Step<'a> {
     /// Counters of finished units, zero between kernels.
     pub done: Ptr,
     pub logits: Ptr,
+    pub sampled: Sampled<Ptr>,
     /// Keys and values, or ring and recurrent state, of the block at hand.
     pub state: [Ptr; 2],
 }
@@ -270,6 +272,7 @@ impl<'a> Step<'a> {
             routed: layout.routed.map(&base),
             done: base(layout.done),
             logits: base(layout.logits),
+            sampled: layout.sampled.map(&base),
             state: [Ptr::NULL; 2],
         }
     }
@@ -327,6 +330,7 @@ struct EmbedArgs {
     rows: Ptr,
     x: Ptr,
     n_blocks: u64,
+    started: Ptr,
 }
 // SAFETY: mirrors EmbedArgs in norm.cu, which compares sizes.
 unsafe impl Args for EmbedArgs {}
@@ -419,8 +423,13 @@ impl Embed {
 
     /// Fills the residual stream.
     pub fn launch(&self, step: &Step) -> Result<(), Error> {
-        let args =
-            EmbedArgs { weight: self.weight.ptr, rows: step.rows, x: step.x, n_blocks: self.weight.n_blocks() as u64 };
+        let args = EmbedArgs {
+            weight: self.weight.ptr,
+            rows: step.rows,
+            x: step.x,
+            n_blocks: self.weight.n_blocks() as u64,
+            started: step.sampled.clock,
+        };
         let launch = Launch::grid(self.weight.n_cols.div_ceil(256), step.n_tokens, 1, 256);
         // SAFETY: token ids were checked when the batch was built; the stream holds `n_tokens` rows.
         unsafe { self.function.launch(step.device, launch, &args) }

@@ -3,4 +3,5 @@
 mod blocks;
 mod compile;
 mod prompt;
+mod sample;
 mod shapes;

@@ -4,6 +4,7 @@ use super::load::{self, EngineArgs, Loaded};
 use super::usage;
 use crate::engine::Session;
 use crate::plan::{self, Workload};
+use crate::text::SamplerOptions;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -50,6 +51,8 @@ struct Row {
     predicted: Option<f64>,
     /// What generation reads from memory.
     read: Option<Read>,
+    /// Share of the generation's time in which the GPU was at work, by its own clock.
+    gpu_busy: Option<f64>,
 }
 
 /// Bytes that one generated token moves, the rate that this makes, and its share of the measured bandwidth.
@@ -95,18 +98,36 @@ fn time_prompt(session: &mut Session, depth: &[u32], tokens: &[u32]) -> anyhow::
     Ok(seconds)
 }
 
-/// Seconds of `n` single-token steps after `depth` tokens (and one) that are not timed.
-fn time_generation(session: &mut Session, depth: &[u32], n: usize, n_vocab: usize) -> anyhow::Result<f64> {
+/// Seconds of `n` single-token steps after `depth` tokens (and one) that are not timed, and how many of them the GPU was
+/// at work where it chooses the tokens itself; elsewhere tokens are given and none is chosen.
+fn time_generation(
+    session: &mut Session,
+    depth: &[u32],
+    n: usize,
+    n_vocab: usize,
+) -> anyhow::Result<(f64, Option<f64>)> {
     let mut tokens = depth.to_vec();
     tokens.push(0);
     session.feed(&tokens, &|| false)?;
+    let options = SamplerOptions::default();
+    tokens.push(0);
+    if session.start(&tokens, &options)? {
+        tokens.push(session.finish()?);
+        let (busy, start) = (session.busy_seconds()?, Instant::now());
+        for _ in 0..n {
+            session.start(&tokens, &options)?;
+            tokens.push(session.finish()?);
+        }
+        return Ok((start.elapsed().as_secs_f64(), Some(session.busy_seconds()? - busy)));
+    }
+    tokens.pop();
     let next = noise_tokens(n, n_vocab);
     let start = Instant::now();
     for token in next {
         tokens.push(token);
         session.feed(&tokens, &|| false)?;
     }
-    Ok(start.elapsed().as_secs_f64())
+    Ok((start.elapsed().as_secs_f64(), None))
 }
 
 /// Runs the table.
@@ -115,8 +136,8 @@ fn time_generation(session: &mut Session, depth: &[u32], n: usize, n_vocab: usiz
 /// A model that cannot be opened, planned or loaded, or lengths that memory does not allow.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let longest = |lengths: &[u32]| lengths.iter().max().map_or(0, |n| *n as usize);
-    // One more position than the longest row: a generation begins with a token that is not timed.
-    let prompt = longest(&args.depth) + longest(&args.prompt).max(1);
+    // Two more positions than the longest row: a generation begins with two tokens that are not timed.
+    let prompt = longest(&args.depth) + longest(&args.prompt).max(2);
     let workload = Workload { prompt, generate: longest(&args.generate) };
     let opened = load::open(args.model.as_deref())?;
     let loaded = load::engine(&opened, &args.engine, workload)?;
@@ -141,14 +162,16 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             rows.push(Row::new(&loaded, "pp", n, depth, rates));
         }
         for n in args.generate.iter().map(|n| *n as usize).filter(|n| *n > 0) {
-            let mut rates = Vec::new();
+            let (mut rates, mut shares) = (Vec::new(), Vec::new());
             for i in 0..=args.repeat {
-                let seconds = time_generation(&mut session, prefix, n, n_vocab)?;
+                let (seconds, busy) = time_generation(&mut session, prefix, n, n_vocab)?;
                 if i > 0 {
                     rates.push(n as f64 / seconds);
+                    shares.extend(busy.map(|busy| busy / seconds));
                 }
             }
-            rows.push(Row::new(&loaded, "tg", n, depth, rates));
+            let gpu_busy = if shares.is_empty() { None } else { Some(median(&shares)) };
+            rows.push(Row { gpu_busy, ..Row::new(&loaded, "tg", n, depth, rates) });
         }
     }
     report(&args, &loaded, &rows)
@@ -161,13 +184,13 @@ impl Row {
         let (test, predicted) = (format!("{kind}{n}"), &engine.plan().prediction);
         if kind == "pp" {
             let predicted = (depth == 0).then_some(predicted.prompt_tok_s);
-            return Self { test, depth, tokens: n, rates, median, predicted, read: None };
+            return Self { test, depth, tokens: n, rates, median, predicted, read: None, gpu_busy: None };
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
         let gb_per_s = bytes_per_token as f64 * median * 1e-9;
         let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
-        Self { test, depth, tokens: n, rates, median, predicted: Some(predicted.generate_tok_s), read }
+        Self { test, depth, tokens: n, rates, median, predicted: Some(predicted.generate_tok_s), read, gpu_busy: None }
     }
 
     /// Lowest and highest rate.
@@ -201,8 +224,8 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&object)?)?;
         return Ok(());
     }
-    let header = ["test", "depth", "tok/s", "min", "max", "predicted", "MB/token", "GB/s", "of bandwidth"];
-    let cells: Vec<[String; 9]> = rows
+    let header = ["test", "depth", "tok/s", "min", "max", "predicted", "MB/token", "GB/s", "of bandwidth", "GPU busy"];
+    let cells: Vec<[String; 10]> = rows
         .iter()
         .map(|row| {
             let (low, high) = row.spread();
@@ -217,6 +240,7 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
                 read(&|r| format!("{:.1}", r.bytes_per_token as f64 / 1e6)),
                 read(&|r| format!("{:.1}", r.gb_per_s)),
                 read(&|r| format!("{:.0} %", r.share * 100.0)),
+                row.gpu_busy.map_or(String::new(), |share| format!("{:.1} %", share * 100.0)),
             ]
         })
         .collect();

@@ -66,43 +66,50 @@ pub fn generate(
 ) -> anyhow::Result<Generated> {
     let n_ctx = session.n_ctx();
     let mut prefix = prompt.to_vec();
-    prompt.iter().for_each(|&id| sampler.accept(id)); // penalties look back into the prompt
     let mut stream = TextStream::new(limits.stops.to_vec());
     let (mut text, mut piece) = (String::new(), String::new());
     let (mut n_prompt, mut prompt_time, mut n_steps) = (0, Duration::ZERO, 0);
     let start = Instant::now();
-    let stop = loop {
-        let n_new = match session.feed(&prefix, limits.interrupted) {
+    let stop = 'generation: {
+        n_prompt = match session.feed(&prefix, limits.interrupted) {
             Ok(n_new) => n_new,
-            Err(Error::Interrupted) => break StopReason::Interrupted,
+            Err(Error::Interrupted) => break 'generation StopReason::Interrupted,
             Err(error) => return Err(error.into()),
         };
-        let id = sampler.sample(session.logits())?;
-        if prefix.len() == prompt.len() {
-            (n_prompt, prompt_time) = (n_new, start.elapsed());
-        } else {
+        let mut id = sampler.sample(session.logits(), &prefix)?;
+        prompt_time = start.elapsed();
+        loop {
+            if tokenizer.ends_generation(id) {
+                break StopReason::EndOfText;
+            }
+            prefix.push(id);
+            piece.clear();
+            let stopped = stream.push(tokenizer.piece(id, false), &mut piece);
+            let stop = if stopped {
+                Some(StopReason::StopString)
+            } else if limits.n_predict.is_some_and(|n| prefix.len() - prompt.len() >= n) {
+                Some(StopReason::Length)
+            } else if prefix.len() > n_ctx {
+                Some(StopReason::Context)
+            } else if (limits.interrupted)() {
+                Some(StopReason::Interrupted)
+            } else {
+                None
+            };
+            // A GPU computes while the text goes out.
+            let started = stop.is_none() && session.start(&prefix, sampler.options())?;
+            emit(Some(id), &piece)?;
+            text.push_str(&piece);
+            if let Some(stop) = stop {
+                break stop;
+            }
+            id = if started {
+                session.finish()?
+            } else {
+                session.feed(&prefix, limits.interrupted)?;
+                sampler.sample(session.logits(), &prefix)?
+            };
             n_steps += 1;
-        }
-        if tokenizer.ends_generation(id) {
-            break StopReason::EndOfText;
-        }
-        sampler.accept(id);
-        prefix.push(id);
-        piece.clear();
-        let stopped = stream.push(tokenizer.piece(id, false), &mut piece);
-        emit(Some(id), &piece)?;
-        text.push_str(&piece);
-        if stopped {
-            break StopReason::StopString;
-        }
-        if limits.n_predict.is_some_and(|n| prefix.len() - prompt.len() >= n) {
-            break StopReason::Length;
-        }
-        if prefix.len() > n_ctx {
-            break StopReason::Context;
-        }
-        if (limits.interrupted)() {
-            break StopReason::Interrupted;
         }
     };
     let step_time = start.elapsed().saturating_sub(prompt_time);

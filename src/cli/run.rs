@@ -10,6 +10,7 @@ use crate::gguf::Metadata;
 use crate::plan::{self, Workload};
 use crate::text::{
     ChatTemplate, Message, Part, ReasoningSplitter, RenderOptions, Sampler, SamplerOptions, Tokenizer, Vocabulary,
+    sampler,
 };
 use anyhow::{Context, anyhow};
 use std::io::{IsTerminal, Read, Write};
@@ -154,7 +155,7 @@ impl SamplingArgs {
             penalty_window: self.repeat_last_n,
             seed: self.seed.unwrap_or_else(clock),
         };
-        options.check().map_err(|e| usage(e.to_string()))?;
+        sampler::check(&options).map_err(|e| usage(e.to_string()))?;
         Ok(options)
     }
 }

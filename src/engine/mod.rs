@@ -5,7 +5,7 @@ mod session;
 mod step;
 
 pub use session::Session;
-pub use step::{DeviceOptions, Engine, States};
+pub use step::{DeviceOptions, Engine, Snapshot, States};
 
 /// What can go wrong while loading weights or running a step.
 #[derive(Debug, thiserror::Error)]

@@ -1,11 +1,11 @@
 //! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
 //! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so copies of them are
-//! kept near the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues from
-//! the longest copy that it shares. Where a GPU holds states there are no copies, and such a prefix starts anew.
+//! kept in main memory near the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues
+//! from the longest copy that it shares.
 
+use super::step::Snapshot;
 use super::{Engine, Error, States};
-use tandem_cpu::Snapshot;
-use tandem_spec::Batch;
+use tandem_spec::{Batch, SamplerOptions};
 
 /// Bytes that copies of GDN states may take in one session.
 const SNAPSHOT_BUDGET: usize = 512 << 20;
@@ -66,17 +66,53 @@ impl<'e> Session<'e> {
         // The last token is always computed: its logits are what the caller wants.
         let shared = common_prefix(&self.tokens, &prefix[..prefix.len() - 1]);
         if shared < self.tokens.len() {
-            self.rewind(shared);
+            self.rewind(shared)?;
         }
         let start = self.tokens.len();
         let is_prompt = prefix.len() - start > 1;
         let tail = prefix.len().saturating_sub(SNAPSHOT_TAIL);
-        if is_prompt && tail > start && self.states.can_snapshot() {
+        if is_prompt && tail > start && self.max_snapshots() > 0 {
             self.advance(&prefix[start..tail], false, stop)?;
-            self.keep_snapshot();
+            self.keep_snapshot()?;
         }
         self.advance(&prefix[self.tokens.len()..], true, if is_prompt { stop } else { &|| false })?;
         Ok(prefix.len() - start)
+    }
+
+    /// Starts the step of the last token of `prefix`, which goes on where the timeline ends, and the choice of the
+    /// token after it, on the device: [`Session::finish`] has it. False, and nothing done, where the host chooses: then
+    /// [`Session::feed`] and the logits are the way.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn start(&mut self, prefix: &[u32], options: &SamplerOptions) -> Result<bool, Error> {
+        let Some((last, known)) = prefix.split_last() else { return Ok(false) };
+        if known != self.tokens || prefix.len() > self.n_ctx() {
+            return Ok(false);
+        }
+        let started = self.engine.start(&mut self.states, self.slot, prefix, options);
+        match started {
+            Ok(true) => self.tokens.push(*last),
+            Ok(false) => {}
+            Err(_) => self.clear(),
+        }
+        started
+    }
+
+    /// The token that the step that was started has chosen.
+    ///
+    /// # Errors
+    /// A device that failed; logits that no token can be chosen from.
+    pub fn finish(&mut self) -> Result<u32, Error> {
+        self.engine.finish(&mut self.states).inspect_err(|_| self.clear())
+    }
+
+    /// Seconds that GPUs were at work in the steps that were started, first to last kernel.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn busy_seconds(&self) -> Result<f64, Error> {
+        self.engine.busy_seconds(&self.states)
     }
 
     /// Computes `tokens`, which follow the timeline, in batches; the logits of the last one if they are `wanted`.
@@ -99,38 +135,42 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
-    /// Forgets the timeline.
+    /// Forgets the timeline: the next batch is at position 0.
     pub fn clear(&mut self) {
-        self.rewind(0);
+        self.tokens.clear();
+        self.snapshots.clear();
     }
 
     /// Cuts the timeline to at most `n_tokens` tokens: to exactly as many where no state is recurrent, else
     /// to the longest kept copy.
-    fn rewind(&mut self, n_tokens: usize) {
+    fn rewind(&mut self, n_tokens: usize) -> Result<(), Error> {
         if !self.engine.model().is_hybrid() {
             self.tokens.truncate(n_tokens);
-            return;
+            return Ok(());
         }
         self.snapshots.retain(|(n, _)| *n <= n_tokens);
         match self.snapshots.last() {
             Some((n, snapshot)) => {
-                self.states.restore(self.slot, snapshot);
                 self.tokens.truncate(*n);
+                self.engine.restore(&mut self.states, self.slot, snapshot).inspect_err(|_| self.tokens.clear())
             }
-            None => self.tokens.clear(), // the next batch is at position 0
+            None => {
+                self.tokens.clear(); // the next batch is at position 0
+                Ok(())
+            }
         }
     }
 
-    fn keep_snapshot(&mut self) {
-        let n_kept = SNAPSHOT_BUDGET / self.states.snapshot_bytes().max(1);
-        if n_kept == 0 {
-            return;
-        }
-        if self.snapshots.len() >= n_kept {
+    /// Copies of states that may be kept.
+    fn max_snapshots(&self) -> usize {
+        SNAPSHOT_BUDGET.checked_div(self.engine.snapshot_bytes(&self.states)).unwrap_or(0)
+    }
+
+    fn keep_snapshot(&mut self) -> Result<(), Error> {
+        if self.snapshots.len() >= self.max_snapshots() {
             self.snapshots.remove(0);
         }
-        if let Some(snapshot) = self.states.snapshot(self.slot) {
-            self.snapshots.push((self.tokens.len(), snapshot));
-        }
+        self.snapshots.push((self.tokens.len(), self.engine.snapshot(&mut self.states, self.slot)?));
+        Ok(())
     }
 }

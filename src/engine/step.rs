@@ -4,8 +4,8 @@ use super::Error;
 use crate::plan::{Device, Plan, Pool};
 use std::ops::Range;
 use std::path::PathBuf;
-use tandem_cpu::{Isa, Snapshot, StateSize};
-use tandem_spec::{Batch, Block, Model, TensorSource};
+use tandem_cpu::{Isa, StateSize};
+use tandem_spec::{Batch, Block, Model, SamplerOptions, TensorSource};
 
 /// How the devices of a plan are used.
 pub struct DeviceOptions {
@@ -41,6 +41,12 @@ pub struct States {
     gpus: Vec<tandem_cuda::State>,
     x: Vec<f32>,      // [n_batch, n_embd] residual stream between devices
     logits: Vec<f32>, // [wanted, n_vocab]
+}
+
+/// A copy of the recurrent states of one slot on every device.
+pub struct Snapshot {
+    cpu: Option<tandem_cpu::Snapshot>,
+    gpus: Vec<tandem_cuda::Snapshot>,
 }
 
 /// The longest runs of consecutive blocks that one device has wholly.
@@ -184,6 +190,75 @@ impl Engine {
         }
         Ok(logits)
     }
+
+    /// Starts the step of the last token of `prefix` in `slot`, which has seen the others, and the choice of the next
+    /// token as `options` say; false, and nothing done, where this plan or these options need the host for it.
+    ///
+    /// # Errors
+    /// A batch that does not fit; a device that failed.
+    pub fn start(
+        &self,
+        states: &mut States,
+        slot: usize,
+        prefix: &[u32],
+        options: &SamplerOptions,
+    ) -> Result<bool, Error> {
+        let ([(_, gpu)], None, true) = (&self.gpus[..], &self.cpu, tandem_cuda::can_sample(options)) else {
+            return Ok(false);
+        };
+        let position = prefix.len() - 1;
+        let feed = tandem_cuda::Feed { slot, position, token: prefix[position] };
+        gpu.launch(&mut states.gpus[0], &[feed], &[(options, prefix)])?;
+        Ok(true)
+    }
+
+    /// The token that the step that was started has chosen.
+    ///
+    /// # Errors
+    /// A device that failed; logits that no token can be chosen from.
+    pub fn finish(&self, states: &mut States) -> Result<u32, Error> {
+        Ok(self.gpus[0].1.wait(&mut states.gpus[0])?[0])
+    }
+
+    /// Seconds that GPUs were at work in the steps that were started here, first to last kernel.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn busy_seconds(&self, states: &States) -> Result<f64, Error> {
+        self.gpus.iter().zip(&states.gpus).try_fold(0.0, |sum, ((_, gpu), state)| Ok(sum + gpu.busy_seconds(state)?))
+    }
+
+    /// Bytes of a copy of the recurrent states of one slot; 0 for models without any.
+    pub fn snapshot_bytes(&self, states: &States) -> usize {
+        let cpu = states.cpu.as_ref().map_or(0, |state| state.snapshot_bytes());
+        cpu + self.gpus.iter().map(|(_, gpu)| gpu.snapshot_bytes()).sum::<usize>()
+    }
+
+    /// A copy of the recurrent states of `slot`.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn snapshot(&self, states: &mut States, slot: usize) -> Result<Snapshot, Error> {
+        let gpus = self.gpus.iter().zip(&states.gpus).map(|((_, gpu), state)| gpu.snapshot(state, slot));
+        Ok(Snapshot {
+            gpus: gpus.collect::<Result<_, _>>()?,
+            cpu: states.cpu.as_mut().map(|state| state.snapshot(slot)),
+        })
+    }
+
+    /// Puts a copy of `slot`'s recurrent states back.
+    ///
+    /// # Errors
+    /// A device that failed.
+    pub fn restore(&self, states: &mut States, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        for ((_, gpu), (state, copy)) in self.gpus.iter().zip(states.gpus.iter_mut().zip(&snapshot.gpus)) {
+            gpu.restore(state, slot, copy)?;
+        }
+        if let (Some(state), Some(copy)) = (&mut states.cpu, &snapshot.cpu) {
+            state.restore(slot, copy);
+        }
+        Ok(())
+    }
 }
 
 impl States {
@@ -191,26 +266,6 @@ impl States {
         if let Some(cpu) = &mut self.cpu {
             cpu.reset_slot(slot);
         }
-    }
-
-    /// Whether there are recurrent states and copies of them can be made: none where a GPU holds blocks.
-    pub fn can_snapshot(&self) -> bool {
-        self.gpus.is_empty() && self.snapshot_bytes() > 0
-    }
-
-    /// A copy of the recurrent states of `slot`; `None` where a GPU holds blocks.
-    pub fn snapshot(&mut self, slot: usize) -> Option<Snapshot> {
-        self.cpu.as_mut().filter(|_| self.gpus.is_empty()).map(|cpu| cpu.snapshot(slot))
-    }
-
-    /// Bytes of such a copy; 0 for models without recurrent states.
-    pub fn snapshot_bytes(&self) -> usize {
-        self.cpu.as_ref().map_or(0, |cpu| cpu.snapshot_bytes())
-    }
-
-    /// Puts a copy of `slot`'s recurrent states back.
-    pub fn restore(&mut self, slot: usize, snapshot: &Snapshot) {
-        self.cpu.as_mut().expect("the copy was made here").restore(slot, snapshot);
     }
 
     /// Logits of the last step `[wanted, n_vocab]`.

@@ -1,80 +1,31 @@
-//! The sampler: from the logits of one position to the next token. Stages in order: penalties, top-k, top-p,
-//! min-p, temperature, draw. Top-p and min-p look at probabilities before the temperature, as users of
-//! llama.cpp expect. The same seed, options and logits give the same tokens everywhere; after the first few
-//! tokens nothing is allocated.
+//! The sampler: from the logits of one position to the next token, as `tandem_spec::sampler` defines it. Owns the quick
+//! way there: selection instead of sorting, and nothing allocated after the first few tokens. Refuses options out of
+//! range and logits that are not numbers.
 
 use std::cmp::Ordering;
-use std::collections::VecDeque;
+use tandem_spec::sampler::{random, share, weight};
+
+pub use tandem_spec::SamplerOptions;
 
 use super::Error;
 
-/// How the next token is chosen.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct SamplerOptions {
-    /// Divides the logits before the draw; 0 takes the most likely token.
-    pub temperature: f32,
-    /// Keeps this many of the most likely tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keeps the most likely tokens whose probabilities sum to this; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps tokens with at least this share of the highest probability; 0 keeps all.
-    pub min_p: f32,
-    /// Divides positive logits of recent tokens and multiplies negative ones; 1 is none.
-    pub repeat_penalty: f32,
-    /// Subtracted from the logit of a recent token; 0 is none.
-    pub presence_penalty: f32,
-    /// Subtracted from the logit of a recent token once for each time it occurs; 0 is none.
-    pub frequency_penalty: f32,
-    /// How many of the last tokens count as recent.
-    pub penalty_window: usize,
-    /// Start of the random numbers.
-    pub seed: u64,
-}
-
-impl Default for SamplerOptions {
-    /// Temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, no penalties, a window of 64, seed 0.
-    fn default() -> Self {
-        Self {
-            temperature: 0.8,
-            top_k: 40,
-            top_p: 0.95,
-            min_p: 0.05,
-            repeat_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            penalty_window: 64,
-            seed: 0,
-        }
-    }
-}
-
-impl SamplerOptions {
-    /// Most likely token, no penalties.
-    pub fn greedy() -> Self {
-        Self { temperature: 0.0, ..Self::default() }
-    }
-
-    /// Says which option is out of range.
-    ///
-    /// # Errors
-    /// Names the option, its range and the value.
-    pub fn check(&self) -> Result<(), Error> {
-        let check = |good: bool, option, expected, found: f32| {
-            if good { Ok(()) } else { Err(Error::Option { option, expected, found: found.to_string() }) }
-        };
-        let Self { temperature, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, .. } = *self;
-        check(temperature.is_finite() && temperature >= 0.0, "temperature", "a number of at least 0", temperature)?;
-        check(top_p > 0.0 && top_p <= 1.0, "top-p", "a number above 0 and at most 1", top_p)?;
-        check((0.0..=1.0).contains(&min_p), "min-p", "a number from 0 to 1", min_p)?;
-        let positive = repeat_penalty.is_finite() && repeat_penalty > 0.0;
-        check(positive, "repeat penalty", "a number above 0", repeat_penalty)?;
-        check(presence_penalty.is_finite(), "presence penalty", "a number", presence_penalty)?;
-        check(frequency_penalty.is_finite(), "frequency penalty", "a number", frequency_penalty)
-    }
-
-    fn penalises(&self) -> bool {
-        self.repeat_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
-    }
+/// Says which option is out of range.
+///
+/// # Errors
+/// Names the option, its range and the value.
+pub fn check(options: &SamplerOptions) -> Result<(), Error> {
+    let check = |good: bool, option, expected, found: f32| {
+        if good { Ok(()) } else { Err(Error::Option { option, expected, found: found.to_string() }) }
+    };
+    let &SamplerOptions { temperature, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, .. } =
+        options;
+    check(temperature.is_finite() && temperature >= 0.0, "temperature", "a number of at least 0", temperature)?;
+    check(top_p > 0.0 && top_p <= 1.0, "top-p", "a number above 0 and at most 1", top_p)?;
+    check((0.0..=1.0).contains(&min_p), "min-p", "a number from 0 to 1", min_p)?;
+    let positive = repeat_penalty.is_finite() && repeat_penalty > 0.0;
+    check(positive, "repeat penalty", "a number above 0", repeat_penalty)?;
+    check(presence_penalty.is_finite(), "presence penalty", "a number", presence_penalty)?;
+    check(frequency_penalty.is_finite(), "frequency penalty", "a number", frequency_penalty)
 }
 
 /// A token that may still be drawn.
@@ -91,131 +42,126 @@ impl Candidate {
     }
 }
 
-/// Chooses tokens for one sequence.
+/// Chooses tokens.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     options: SamplerOptions,
-    random: u64,
-    recent: VecDeque<u32>,      // the last `penalty_window` tokens
-    sorted: Vec<u32>,           // `recent` in order, to count it
-    candidates: Vec<Candidate>, // most likely first once selected
-    weights: Vec<f64>,          // not normalised, by candidate
+    sorted: Vec<u32>, // recent tokens in order, to count them
+    candidates: Candidates,
 }
 
 impl Sampler {
-    /// A sampler that has seen no tokens.
+    /// A sampler with these options.
     ///
     /// # Errors
-    /// See [`SamplerOptions::check`].
+    /// An option that is out of range, with its name, its range and the value.
     pub fn new(options: SamplerOptions) -> Result<Self, Error> {
-        options.check()?;
-        Ok(Self {
-            random: options.seed,
-            options,
-            recent: VecDeque::new(),
-            sorted: Vec::new(),
-            candidates: Vec::new(),
-            weights: Vec::new(),
-        })
+        check(&options)?;
+        Ok(Self { options, sorted: Vec::new(), candidates: Candidates::default() })
     }
 
-    /// Notes a token of the sequence (of the prompt, or one that was sampled) for the penalties.
-    pub fn accept(&mut self, token: u32) {
-        if self.options.penalty_window == 0 || !self.options.penalises() {
-            return;
-        }
-        if self.recent.len() == self.options.penalty_window {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(token);
+    /// What it was made with.
+    pub fn options(&self) -> &SamplerOptions {
+        &self.options
     }
 
-    /// The next token. `logits` `[n_vocab]` are changed by the penalties.
+    /// The token after `prefix`: all tokens that the model has seen. `logits` `[n_vocab]` are changed by the penalties.
     ///
     /// # Errors
     /// A logit that is NaN or infinitely large, or no logit that is a number: the computation before is wrong.
-    pub fn sample(&mut self, logits: &mut [f32]) -> Result<u32, Error> {
-        self.penalise(logits);
+    pub fn sample(&mut self, logits: &mut [f32], prefix: &[u32]) -> Result<u32, Error> {
+        self.penalise(logits, prefix);
         let best = most_likely(logits)?;
         if self.options.temperature == 0.0 {
             return Ok(best.id);
         }
         self.select(logits, best.logit);
-        let scale = f64::from(self.options.temperature);
-        self.weights.extend(self.candidates.iter().map(|c| (f64::from(c.logit - best.logit) / scale).exp()));
-        let mut at = self.uniform() * self.weights.iter().sum::<f64>();
-        for (candidate, weight) in self.candidates.iter().zip(&self.weights) {
-            at -= weight;
-            if at < 0.0 {
-                return Ok(candidate.id);
-            }
-        }
-        // Rounding left a rest behind the last candidate.
-        Ok(self.candidates.last().unwrap_or(&best).id)
+        let (temperature, best) = (self.options.temperature, best.logit);
+        let weight = |c: &Candidate| weight((c.logit - best) / temperature);
+        let total = self.candidates.list.iter().map(weight).sum();
+        let drawn = share(total, random(self.options.seed, prefix.len()));
+        let at = self.candidates.reach(weight, |sum| sum > drawn);
+        Ok(self.candidates.list[at].id)
     }
 
-    fn penalise(&mut self, logits: &mut [f32]) {
+    fn penalise(&mut self, logits: &mut [f32], prefix: &[u32]) {
         self.sorted.clear();
-        self.sorted.extend(&self.recent);
+        self.sorted.extend(self.options.recent(prefix));
         self.sorted.sort_unstable();
-        let SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         for run in self.sorted.chunk_by(|a, b| a == b) {
             let Some(logit) = logits.get_mut(run[0] as usize) else { continue };
-            *logit = if *logit > 0.0 { *logit / repeat_penalty } else { *logit * repeat_penalty };
-            *logit -= presence_penalty + frequency_penalty * run.len() as f32;
+            *logit = self.options.penalised(*logit, run.len());
         }
     }
 
-    /// Top-k, top-p and min-p: leaves the tokens to draw from in `candidates`, most likely first.
+    /// Top-k, top-p and min-p: leaves the tokens to draw from in `candidates`.
     fn select(&mut self, logits: &[f32], best: f32) {
-        let SamplerOptions { top_k, top_p, min_p, .. } = self.options;
-        let weight = |logit: f32| f64::from(logit - best).exp();
-        let k = if top_k == 0 { logits.len() } else { top_k.min(logits.len()) };
-        self.weights.clear();
-        self.weights.reserve(k);
+        let k = if self.options.top_k == 0 { logits.len() } else { self.options.top_k.min(logits.len()) };
+        self.candidates.take(logits, k);
+        let weight = |c: &Candidate| weight(c.logit - best);
+        if self.options.top_p_share() > 0 {
+            let wanted = share(self.candidates.list.iter().map(weight).sum(), self.options.top_p_share());
+            let last = self.candidates.reach(weight, |sum| sum >= wanted);
+            self.candidates.truncate(last + 1);
+        }
+        if self.options.min_p_weight() > 0 {
+            self.candidates.retain(|c| weight(c) >= self.options.min_p_weight());
+        }
+    }
+}
+
+/// Tokens that may be drawn; as many of the most likely as were needed are sorted.
+#[derive(Clone, Debug, Default)]
+struct Candidates {
+    list: Vec<Candidate>, // the first `n_sorted` are the most likely, in order
+    n_sorted: usize,
+}
+
+impl Candidates {
+    /// The `k` most likely tokens of `logits`.
+    fn take(&mut self, logits: &[f32], k: usize) {
         if k < logits.len() {
-            most_likely_k(logits, k, &mut self.candidates);
+            most_likely_k(logits, k, &mut self.list);
+            self.n_sorted = k;
         } else {
-            self.candidates.clear();
-            self.candidates.extend(logits.iter().zip(0..).map(|(&logit, id)| Candidate { logit, id }));
-        }
-        if top_p < 1.0 {
-            let total: f64 = self.candidates.iter().map(|c| weight(c.logit)).sum();
-            let wanted = total * f64::from(top_p);
-            // Few tokens hold most of the probability: sort the head of the list, and more of it only if needed.
-            let (mut sorted, mut sum) = (0, 0.0);
-            let keep = 'head: loop {
-                let head = (sorted * 4).max(256).min(self.candidates.len());
-                if head < self.candidates.len() {
-                    self.candidates[sorted..].select_nth_unstable_by(head - sorted, Candidate::order);
-                }
-                self.candidates[sorted..head].sort_unstable_by(Candidate::order);
-                for (i, candidate) in self.candidates[sorted..head].iter().enumerate() {
-                    sum += weight(candidate.logit);
-                    if sum >= wanted {
-                        break 'head sorted + i + 1;
-                    }
-                }
-                sorted = head;
-                if sorted == self.candidates.len() {
-                    break sorted;
-                }
-            };
-            self.candidates.truncate(keep);
-        }
-        if min_p > 0.0 {
-            self.candidates.retain(|c| weight(c.logit) >= f64::from(min_p));
+            self.list.clear();
+            self.list.extend(logits.iter().zip(0..).map(|(&logit, id)| Candidate { logit, id }));
+            self.n_sorted = 0;
         }
     }
 
-    /// A number in [0, 1). SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-    fn uniform(&mut self) -> f64 {
-        self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
-        (z >> 11) as f64 / (1u64 << 53) as f64
+    /// Index of the first candidate, the most likely ahead, at which the sum of weights is `enough`; the last one if
+    /// none is. Few tokens hold most of the weight: the head of the list is sorted, and more of it only if needed.
+    fn reach(&mut self, weight: impl Fn(&Candidate) -> u64, enough: impl Fn(u64) -> bool) -> usize {
+        let (mut sum, mut at) = (0, 0);
+        loop {
+            for (i, candidate) in self.list[at..self.n_sorted].iter().enumerate() {
+                sum += weight(candidate);
+                if enough(sum) {
+                    return at + i;
+                }
+            }
+            at = self.n_sorted;
+            if at == self.list.len() {
+                return at - 1;
+            }
+            let end = (at * 4).max(256).min(self.list.len());
+            if end < self.list.len() {
+                self.list[at..].select_nth_unstable_by(end - at, Candidate::order);
+            }
+            self.list[at..end].sort_unstable_by(Candidate::order);
+            self.n_sorted = end;
+        }
+    }
+
+    fn truncate(&mut self, n: usize) {
+        self.list.truncate(n);
+        self.n_sorted = self.n_sorted.min(n);
+    }
+
+    fn retain(&mut self, keep: impl Fn(&Candidate) -> bool) {
+        self.n_sorted = self.list[..self.n_sorted].iter().filter(|c| keep(c)).count();
+        self.list.retain(keep);
     }
 }
 
@@ -226,7 +172,7 @@ fn most_likely(logits: &[f32]) -> Result<Candidate, Error> {
         if logit.is_nan() {
             return Err(Error::Logits { id, found: logit });
         }
-        if logit > best.logit {
+        if logit.total_cmp(&best.logit).is_gt() {
             best = Candidate { logit, id };
         }
     }
@@ -241,7 +187,7 @@ fn most_likely_k(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
     let mut bar = f32::NEG_INFINITY;
     for (&logit, id) in logits.iter().zip(0..) {
         // An equal logit loses to the lower ids that were seen before.
-        if logit > bar || kept.len() < k {
+        if kept.len() < k || logit.total_cmp(&bar).is_gt() {
             kept.push(Candidate { logit, id });
             if kept.len() == 2 * k {
                 kept.select_nth_unstable_by(k - 1, Candidate::order);
@@ -260,8 +206,8 @@ mod tests {
 
     /// Seeded logits of about the spread that models have.
     fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut sampler = Sampler::new(SamplerOptions { seed, ..Default::default() }).unwrap();
-        (0..n).map(|_| (0..6).map(|_| sampler.uniform() as f32).sum::<f32>() * 8.0 - 24.0).collect()
+        let uniform = |i: usize| random(seed, i) as f32 / u64::MAX as f32;
+        (0..n).map(|i| (0..6).map(|j| uniform(6 * i + j)).sum::<f32>() * 8.0 - 24.0).collect()
     }
 
     /// The stages written as plainly as possible: full sorts, full sums. Token ids and probabilities, most likely first.
@@ -314,12 +260,11 @@ mod tests {
                 let recent = &history[history.len().saturating_sub(options.penalty_window)..];
                 let expected = plain(&options, &logits, recent);
                 let mut sampler = Sampler::new(options.clone()).unwrap();
-                history.iter().for_each(|&token| sampler.accept(token));
                 let mut changed = logits.clone();
-                sampler.penalise(&mut changed);
+                sampler.penalise(&mut changed, &history);
                 let best = most_likely(&changed).unwrap();
                 sampler.select(&changed, best.logit);
-                let mut chosen: Vec<u32> = sampler.candidates.iter().map(|c| c.id).collect();
+                let mut chosen: Vec<u32> = sampler.candidates.list.iter().map(|c| c.id).collect();
                 let mut ids: Vec<u32> = expected.iter().map(|(id, _)| *id).collect();
                 chosen.sort_unstable();
                 ids.sort_unstable();
@@ -327,8 +272,13 @@ mod tests {
 
                 const DRAWS: usize = 4000;
                 let mut counts = vec![0usize; n];
-                for _ in 0..DRAWS {
-                    counts[sampler.sample(&mut logits.clone()).unwrap() as usize] += 1;
+                for seed in 0..DRAWS as u64 {
+                    let options = SamplerOptions { seed, ..options.clone() };
+                    let token = Sampler::new(options.clone()).unwrap().sample(&mut logits.clone(), &history).unwrap();
+                    counts[token as usize] += 1;
+                    if seed < 20 {
+                        assert_eq!(options.choose(&logits, &history), Some(token), "case {case}, {n} tokens");
+                    }
                 }
                 for (id, p) in expected {
                     let deviation = (p * (1.0 - p) / DRAWS as f64).sqrt();
@@ -343,10 +293,44 @@ mod tests {
     }
 
     #[test]
+    fn draws_are_those_of_the_reference() {
+        let mut n_checked = 0;
+        for seed in 0..300u64 {
+            let pick = |i: usize, n: u64| random(seed, 1000 + i) % n;
+            let options = SamplerOptions {
+                temperature: [0.0, 0.3, 1.0, 2.5][pick(0, 4) as usize],
+                top_k: [0, 1, 5, 40, 300][pick(1, 5) as usize],
+                top_p: [1.0, 0.95, 0.5, 1e-20][pick(2, 4) as usize],
+                min_p: [0.0, 0.05, 0.7, 1.0][pick(3, 4) as usize],
+                repeat_penalty: [1.0, 1.0, 1.2, 0.8][pick(4, 4) as usize],
+                presence_penalty: [0.0, 0.4][pick(5, 2) as usize],
+                frequency_penalty: [0.0, -0.3][pick(6, 2) as usize],
+                penalty_window: [0, 3, 64][pick(7, 3) as usize],
+                seed,
+            };
+            let n = [1, 7, 256, 1031][pick(8, 4) as usize];
+            let mut logits = noise(n, seed);
+            // Ties, zeros of both signs and tokens that are ruled out.
+            for i in 0..n / 3 {
+                logits[i] = [logits[n - 1], 0.0, -0.0, f32::NEG_INFINITY][pick(20 + i, 4) as usize];
+            }
+            let prefix: Vec<u32> = (0..50).map(|i| pick(2000 + i, n as u64) as u32).collect();
+            let mut sampler = Sampler::new(options.clone()).unwrap();
+            for position in 1..prefix.len() {
+                let want = options.choose(&logits, &prefix[..position]);
+                let got = sampler.sample(&mut logits.clone(), &prefix[..position]).ok();
+                assert_eq!(got, want, "{n} logits at {position}, {options:?}");
+                n_checked += 1;
+            }
+        }
+        assert!(n_checked > 10_000);
+    }
+
+    #[test]
     fn greedy_takes_the_first_of_the_highest() {
         let mut sampler = Sampler::new(SamplerOptions::greedy()).unwrap();
-        assert_eq!(sampler.sample(&mut [0.5, 3.0, -1.0, 3.0]).unwrap(), 1);
-        assert_eq!(sampler.sample(&mut [f32::NEG_INFINITY, -7.0]).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut [0.5, 3.0, -1.0, 3.0], &[]).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut [f32::NEG_INFINITY, -7.0], &[]).unwrap(), 1);
     }
 
     #[test]
@@ -354,7 +338,7 @@ mod tests {
         let options = SamplerOptions { top_k: 3, top_p: 1.0, min_p: 0.0, ..Default::default() };
         let mut sampler = Sampler::new(options).unwrap();
         sampler.select(&[1.0; 1000], 1.0);
-        assert_eq!(sampler.candidates.iter().map(|c| c.id).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(sampler.candidates.list.iter().map(|c| c.id).collect::<Vec<_>>(), [0, 1, 2]);
     }
 
     #[test]
@@ -363,26 +347,18 @@ mod tests {
             SamplerOptions { seed: 42, top_k: 0, top_p: 1.0, min_p: 0.0, temperature: 1.0, ..Default::default() };
         let mut sampler = Sampler::new(options).unwrap();
         let logits = noise(50, 7);
-        let tokens: Vec<u32> = (0..8).map(|_| sampler.sample(&mut logits.clone()).unwrap()).collect();
+        let tokens: Vec<u32> = (0..8).map(|n| sampler.sample(&mut logits.clone(), &[0; 8][..n]).unwrap()).collect();
         assert_eq!(tokens, [21, 2, 2, 2, 2, 21, 2, 21]);
-    }
-
-    #[test]
-    fn random_numbers_are_those_of_the_publication() {
-        let mut sampler = Sampler::new(SamplerOptions { seed: 1_234_567, ..Default::default() }).unwrap();
-        for expected in [6_457_827_717_110_365_317u64, 3_203_168_211_198_807_973] {
-            assert_eq!(sampler.uniform(), (expected >> 11) as f64 / (1u64 << 53) as f64);
-        }
     }
 
     #[test]
     fn wrong_logits_are_errors() {
         for options in [SamplerOptions::greedy(), SamplerOptions::default()] {
             let mut sampler = Sampler::new(options).unwrap();
-            assert!(matches!(sampler.sample(&mut [1.0, f32::NAN]), Err(Error::Logits { id: 1, .. })));
-            assert!(sampler.sample(&mut [1.0, f32::INFINITY]).is_err());
-            assert!(sampler.sample(&mut [f32::NEG_INFINITY; 3]).is_err());
-            assert!(sampler.sample(&mut []).is_err());
+            assert!(matches!(sampler.sample(&mut [1.0, f32::NAN], &[]), Err(Error::Logits { id: 1, .. })));
+            assert!(sampler.sample(&mut [1.0, f32::INFINITY], &[]).is_err());
+            assert!(sampler.sample(&mut [f32::NEG_INFINITY; 3], &[]).is_err());
+            assert!(sampler.sample(&mut [], &[]).is_err());
         }
     }
 
@@ -401,15 +377,10 @@ mod tests {
     fn nothing_is_allocated_once_warm() {
         let options = SamplerOptions { top_k: 0, repeat_penalty: 1.1, penalty_window: 8, ..Default::default() };
         let mut sampler = Sampler::new(options).unwrap();
-        let step = |sampler: &mut Sampler, seed| {
-            let token = sampler.sample(&mut noise(500, seed)).unwrap();
-            sampler.accept(token);
-            (
-                sampler.candidates.capacity(),
-                sampler.weights.capacity(),
-                sampler.recent.capacity(),
-                sampler.sorted.capacity(),
-            )
+        let mut prefix = Vec::new();
+        let mut step = |sampler: &mut Sampler, seed| {
+            prefix.push(sampler.sample(&mut noise(500, seed), &prefix).unwrap());
+            (sampler.candidates.list.capacity(), sampler.sorted.capacity())
         };
         let warm = (0..20).map(|seed| step(&mut sampler, seed)).last().unwrap();
         for seed in 20..60 {

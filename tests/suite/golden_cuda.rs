@@ -13,7 +13,8 @@ use tandem_spec::{Batch, KvDtype};
 /// Floats throughout: rounding of f32 sums, and of the chip's own exp and log, over a whole model.
 const BOUND_FLOAT: f64 = 5e-5;
 
-fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
+/// The first GPU and a compiler that keeps cubins beside the build, or the reason why not on standard output.
+pub fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
     let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
     let cache = std::env::temp_dir().join("tandem-test-cubins");
     let compiler = move || Compiler::new(libs.as_deref(), Some(cache.clone()));

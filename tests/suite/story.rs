@@ -16,7 +16,7 @@ fn engine(file: &File) -> Engine {
 }
 
 /// The most likely continuation of `prefix`, until the model ends it.
-fn greedy(session: &mut Session, tokenizer: &Tokenizer, prefix: &mut Vec<u32>) -> (usize, String) {
+pub fn greedy(session: &mut Session, tokenizer: &Tokenizer, prefix: &mut Vec<u32>) -> (usize, String) {
     let (start, mut n_new) = (prefix.len(), 0);
     loop {
         let n = session.feed(prefix, &|| false).unwrap();
@@ -31,13 +31,24 @@ fn greedy(session: &mut Session, tokenizer: &Tokenizer, prefix: &mut Vec<u32>) -
     }
 }
 
+/// The tokens of the owl's story as a chat.
+pub fn owl(file: &File, tokenizer: &Tokenizer) -> Vec<u32> {
+    let template = ChatTemplate::from_metadata(file.metadata(), tokenizer).unwrap().expect("it has a template");
+    let messages = [Message::new("user", "Tell me a story about an owl named Ravi.")];
+    tokenizer.encode_prompt(&template.render(&messages, &RenderOptions::default()).unwrap(), true)
+}
+
 #[test]
 fn a_second_turn_knows_the_first() {
     let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    second_turn_knows_the_first(&file, &engine(&file));
+}
+
+/// Two turns of a chat over `engine`, which has the story model of `file`.
+pub fn second_turn_knows_the_first(file: &File, engine: &Engine) {
     let tokenizer = Tokenizer::new(Vocabulary::from_metadata(file.metadata()).unwrap()).unwrap();
     let template = ChatTemplate::from_metadata(file.metadata(), &tokenizer).unwrap().expect("it has a template");
-    let engine = engine(&file);
-    let mut session = Session::new(&engine).unwrap();
+    let mut session = Session::new(engine).unwrap();
     let mut messages = vec![Message::new("user", "Tell me a story about an owl named Ravi.")];
     let tokens = |messages: &[Message]| {
         tokenizer.encode_prompt(&template.render(messages, &RenderOptions::default()).unwrap(), true)
@@ -57,7 +68,7 @@ fn a_second_turn_knows_the_first() {
     assert!(n_new < n_prompt - n_story / 2, "computed {n_new} of {n_prompt} tokens, {n_story} being known");
 
     // From scratch the second turn is the same: nothing of the first is left but what the prefix says.
-    let mut fresh = Session::new(&engine).unwrap();
+    let mut fresh = Session::new(engine).unwrap();
     let mut again = prefix[..n_prompt].to_vec();
     assert_eq!(greedy(&mut fresh, &tokenizer, &mut again).1, answer);
 }
