@@ -1,5 +1,5 @@
 //! The command line: options (flags and their `TANDEM_…` twins, read nowhere else) and one file per command.
-//! Errors are printed once, here: one line, exit code 2 for usage and 1 for every other.
+//! Errors are printed once, here: one line, exit code 2 for usage, 130 for Ctrl-C and 1 for every other.
 
 mod bench;
 mod chat;
@@ -77,6 +77,11 @@ enum Command {
 #[error("{0}")]
 struct Usage(String);
 
+/// Ctrl-C ended the command, which has said so: exit code 130 (128 and the number of the signal, as shells have it).
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
 /// An error that ends the command with exit code 2.
 fn usage(message: impl Into<String>) -> anyhow::Error {
     Usage(message.into()).into()
@@ -106,7 +111,7 @@ fn one_line(message: &str) -> String {
     words.join(" ") + " (see --help)"
 }
 
-/// Runs the command line and returns the exit code: 0, 2 for usage, 1 for every other error.
+/// Runs the command line and returns the exit code: 0, 2 for usage, 130 for Ctrl-C, 1 for every other error.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -129,6 +134,9 @@ pub fn main() -> ExitCode {
     });
     if broken_pipe {
         return ExitCode::SUCCESS; // the reader of our output has left: nothing is wrong
+    }
+    if error.is::<Interrupted>() {
+        return ExitCode::from(130);
     }
     let _ = writeln!(std::io::stderr(), "error: {error:#}");
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })

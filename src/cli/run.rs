@@ -4,7 +4,7 @@
 use super::chat;
 use super::generate::{self, Generated, Limits, StopReason};
 use super::load::{self, EngineArgs, Loaded, Opened};
-use super::usage;
+use super::{Interrupted, usage};
 use crate::engine::Session;
 use crate::gguf::Metadata;
 use crate::plan::{self, Workload};
@@ -192,6 +192,8 @@ impl Voice {
 /// What answers: a session with a voice.
 struct Speaker<'a> {
     args: &'a RunArgs,
+    /// The file's, for errors.
+    name: &'a str,
     session: Session<'a>,
     voice: Voice,
 }
@@ -201,14 +203,16 @@ impl Speaker<'_> {
     fn answer(&mut self, messages: &[Message]) -> anyhow::Result<Generated> {
         let thinking = self.args.think.map(|think| think == Switch::On);
         let prompt = match &self.voice.template {
-            Some(template) => template.render(messages, &RenderOptions { thinking, ..Default::default() })?,
+            Some(template) => {
+                let rendered = template.render(messages, &RenderOptions { thinking, ..Default::default() });
+                rendered.with_context(|| self.name.to_owned())?
+            }
             None => messages.iter().map(|m| m.content.as_str()).collect(),
         };
         let ids = self.voice.tokenizer.encode_prompt(&prompt, self.voice.template.is_some());
         if ids.is_empty() {
             return Err(usage("the prompt is empty"));
         }
-        INTERRUPTED.store(false, Ordering::SeqCst);
         let limits = Limits {
             n_predict: self.args.n_predict.map(|n| n as usize),
             stops: &self.args.sampling.stop,
@@ -345,7 +349,8 @@ fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, n_past: usize) 
 /// Runs the command.
 ///
 /// # Errors
-/// A prompt that cannot be read or does not fit; a model that cannot be opened, planned or loaded; a failed step.
+/// A prompt that cannot be read or does not fit; a model that cannot be opened, planned or loaded; a template that
+/// refuses the messages; a failed step; Ctrl-C outside of a chat.
 pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let prompt = prompt(&args)?;
     if prompt.is_none() && args.no_template {
@@ -354,12 +359,14 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let opened = load::open(args.model.as_deref())?;
     let voice = Voice::new(&args, &opened)?;
     let loaded = load::engine(&opened, &args.engine, Workload::default())?;
-    let mut speaker = Speaker { args: &args, session: Session::new(&loaded.engine)?, voice };
+    let session = Session::new(&loaded.engine)?;
+    let mut speaker = Speaker { args: &args, name: opened.file.name(), session, voice };
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     let Some(prompt) = prompt else {
         let editor = chat::editor()?;
         catch_ctrl_c()?;
         return chat::chat(editor, messages, &|| INTERRUPTED.load(Ordering::SeqCst), &mut |messages| {
+            INTERRUPTED.store(false, Ordering::SeqCst);
             let generated = speaker.answer(messages)?;
             close(&args, &generated, &loaded, speaker.session.tokens().len())?;
             Ok(generated.text)
@@ -368,5 +375,6 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     catch_ctrl_c()?;
     messages.push(Message::new("user", prompt));
     let generated = speaker.answer(&messages)?;
-    close(&args, &generated, &loaded, speaker.session.tokens().len())
+    close(&args, &generated, &loaded, speaker.session.tokens().len())?;
+    if generated.stop == StopReason::Interrupted { Err(Interrupted.into()) } else { Ok(()) }
 }

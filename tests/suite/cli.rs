@@ -1,5 +1,5 @@
 //! The binary as a person uses it: answers on standard output, one clear line on standard error for every
-//! mistake, exit code 2 for usage and 1 for the rest.
+//! mistake, exit code 2 for usage, 130 for Ctrl-C and 1 for the rest.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -75,6 +75,45 @@ fn wrong_usage_is_refused_with_code_2() {
     assert_refused(&["run", "--no-template", "-p", ""], &[], 2, &["empty"]);
     assert_refused(&["logits", &model, "--tokens", "1,288"], &[], 2, &["288", "287"]);
     assert_refused(&["logits", &model, "--tokens", "1,2,3", "--ctx", "2"], &[], 2, &["3", "2"]);
+}
+
+#[test]
+fn a_template_that_fails_is_reported_with_its_file() {
+    let mut model = std::fs::read(golden("qwen35-f32.gguf")).unwrap();
+    let at = model.windows(9).position(|w| w == b"m.content").expect("the template prints the content");
+    model[at..at + 9].copy_from_slice(b"m.x.y.z.w");
+    let model = scratch("template-fails.gguf", &model);
+    let parts = ["template-fails.gguf: the chat template can't be used: line 2: "];
+    assert_refused(&["run", model.to_str().unwrap(), "-p", "x"], &[], 1, &parts);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn ctrl_c_ends_an_answer_with_code_130() {
+    use std::io::Read;
+    use std::os::fd::AsRawFd;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).stdin(Stdio::null());
+    command.args(["run", "--no-template", "-p", "Once upon a time", "--temp", "0", "--json"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let mut stdout = child.stdout.take().expect("piped");
+    // A story is longer than a page: it waits in the middle until the pipe is read on.
+    // SAFETY: calls without pointers, on a pipe that is open and a child that has not been waited for.
+    let interrupted = unsafe {
+        libc::fcntl(stdout.as_raw_fd(), libc::F_SETPIPE_SZ, 4096);
+        stdout.read_exact(&mut [0]).expect("a first token");
+        libc::kill(child.id() as libc::pid_t, libc::SIGINT)
+    };
+    assert_eq!(interrupted, 0);
+    std::thread::sleep(std::time::Duration::from_millis(200)); // for the thread that handles the signal
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).expect("complete UTF-8");
+    let output = child.wait_with_output().expect("the binary ends");
+    let stderr = String::from_utf8(output.stderr).expect("messages are UTF-8");
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(!stderr.contains("error: "), "{stderr}");
+    let summary: serde_json::Value = serde_json::from_str(text.lines().last().expect("a summary")).unwrap();
+    assert_eq!(summary["stop"], "interrupted");
 }
 
 #[test]
