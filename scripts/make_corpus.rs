@@ -421,6 +421,14 @@ fn model_cases() -> Vec<Case> {
             "attention.head_count",
             u32(u32::MAX),
         ),
+        with(
+            "heads-wide",
+            "head_count\": expected heads of 1024 that are at most 1048576 wide together, found 2048",
+            "llama",
+            &|c| {
+                c.set("llama.attention.head_count", u32(2048)).set("llama.attention.key_length", u32(1024));
+            },
+        ),
         key(
             "heads-array-short",
             "head_count_kv\": expected an array of 2, one entry a block",

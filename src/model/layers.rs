@@ -12,6 +12,7 @@ const WIDTH_MAX: usize = 1 << 20;
 const HEADS_MAX: usize = 1 << 14;
 const HEAD_DIM_MAX: usize = 1 << 10;
 const CONTEXT_MAX: usize = 1 << 28;
+const VOCABULARY_MAX: usize = 1 << 24;
 
 /// Hyperparameters that every architecture has.
 pub(super) struct Common {
@@ -42,6 +43,10 @@ impl Common {
             r.wrong("attention.head_count", "at least one head", 0);
         }
         let head_dim = r.number("attention.key_length", Some(n_embd / most.max(1)), 1..=HEAD_DIM_MAX);
+        if most * head_dim > WIDTH_MAX {
+            let expected = format!("heads of {head_dim} that are at most {WIDTH_MAX} wide together");
+            r.wrong("attention.head_count", expected, most);
+        }
         let value_length = r.number("attention.value_length", Some(head_dim), 1..=HEAD_DIM_MAX);
         if value_length != head_dim {
             r.wrong("attention.value_length", format!("{head_dim}, the width of the keys"), value_length);
@@ -72,7 +77,7 @@ impl Common {
         layer: impl Fn(&mut Reader, usize) -> [Block<Weight>; 2],
     ) -> Option<Model> {
         let n_embd = self.n_embd;
-        let n_vocab = r.find("token_embd.weight").map_or(1, |(_, tensor)| tensor.n_rows());
+        let n_vocab = r.rows("token_embd.weight", VOCABULARY_MAX);
         let token_embd = r.matrix("token_embd.weight", n_embd, n_vocab);
         r.check_tokens(n_vocab);
         let mut blocks = vec![Block::Embed(Embed { n_embd, n_vocab, token_embd: token_embd.clone() })];

@@ -114,6 +114,15 @@ impl<'a> Reader<'a> {
         self.problems.push(Error::tensor(self.file.name(), name, expected, found));
     }
 
+    /// Number of rows of the tensor `name`, at most `most`; 1 without such a tensor.
+    pub(super) fn rows(&mut self, name: &str, most: usize) -> usize {
+        let n_rows = self.find(name).map_or(1, |(_, tensor)| tensor.n_rows());
+        if n_rows > most {
+            self.tensor_error(name, format!("at most {most} rows"), n_rows.to_string());
+        }
+        n_rows
+    }
+
     /// All rows of the tensor `name`, which must have shape `ne` (trailing ones may be missing or added) and, if
     /// `plain`, type F32, else a type that the backends multiply with.
     fn tensor(&mut self, name: &str, ne: &[usize], plain: bool) -> Weight {

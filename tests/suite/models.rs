@@ -3,6 +3,7 @@
 use super::corpus::craft::{self, Craft};
 use super::files::golden;
 use std::collections::HashSet;
+use std::path::Path;
 use tandem::gguf::{File, Problems};
 use tandem::model;
 use tandem_spec::{Block, HeadOrder, Model, Weight};
@@ -233,4 +234,20 @@ fn released_shapes_have_their_parameter_counts() {
         drop(file);
         std::fs::remove_file(&path).unwrap();
     }
+}
+
+/// Kernels count rows in 32 bits. The file is as long as it says, without taking place on the disk.
+#[test]
+fn a_vocabulary_of_too_many_rows_is_refused() {
+    let mut craft = craft::model(&craft::tiny("llama"), craft::F32);
+    let mut table = craft.remove_tensor("token_embd.weight");
+    let n_rows = (1 << 24) + 1;
+    (table.ne, table.size, table.data) = (vec![8, n_rows], 4 * 8 * n_rows, Vec::new());
+    craft.tensors.push(table);
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vocabulary-huge.gguf");
+    std::fs::write(&path, craft.header()).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(craft.len()).unwrap();
+    let error = model::describe(&File::open(&path).unwrap()).unwrap_err().to_string();
+    assert!(error.ends_with("tensor \"token_embd.weight\": expected at most 16777216 rows, found 16777217"), "{error}");
+    std::fs::remove_file(path).unwrap();
 }
