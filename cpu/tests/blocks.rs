@@ -7,6 +7,9 @@ use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
 use tandem_spec::testing::{Buffers, Case, Maker, Poisoned, Rng, Shape, cases, max_abs, relative_rms_of_rows};
 use tandem_spec::{Batch, Block, Head, HeadShape, KvDtype, Linear, Model, TensorType, Weight};
 
+/// Widths below this are quick, also where every access to memory is checked.
+const NARROW: usize = 512;
+
 fn isas() -> Vec<Isa> {
     let isas: Vec<_> = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|i| i.is_available()).collect();
     println!("instruction sets: {}", isas.iter().map(|i| i.name()).collect::<Vec<_>>().join(", "));
@@ -66,12 +69,12 @@ fn bound(case: &Case) -> f64 {
     }
 }
 
-#[test]
-fn blocks_match_the_reference() {
+/// Runs the cases whose width is in `widths`.
+fn check(widths: Range<usize>) {
     let isas = isas();
     let mut worst: BTreeMap<(&str, &str, bool), (f64, String)> = BTreeMap::new();
     let mut failures = Vec::new();
-    for case in cases() {
+    for case in cases().into_iter().filter(|c| widths.contains(&c.n_embd())) {
         let (block, source) = case.block();
         let inputs = case.inputs();
         let expected = case.expected(&block, &source, &inputs);
@@ -105,10 +108,21 @@ fn blocks_match_the_reference() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// Every kernel, layout and tail.
+#[test]
+fn narrow_blocks_match_the_reference() {
+    check(0..NARROW);
+}
+
+#[test]
+fn blocks_of_released_widths_match_the_reference() {
+    check(NARROW..usize::MAX);
+}
+
 /// Cases of a block that keeps states.
 fn cases_with_states() -> impl Iterator<Item = Case> {
     let keeps = |c: &Case| matches!(c.shape, Shape::Attention { .. } | Shape::DeltaNet(_));
-    cases().into_iter().filter(move |c| keeps(c) && c.n_embd() <= 256)
+    cases().into_iter().filter(move |c| keeps(c) && c.n_embd() < NARROW)
 }
 
 /// A sequence of noise for `case`: its residual stream `[n_tokens, n_embd]`.
