@@ -17,6 +17,9 @@ mod suite {
     mod golden;
     /// The same on a GPU, and its decode graph.
     mod golden_cuda;
+    /// The GPU of the tests, which those of the CUDA backend share.
+    #[path = "../../cuda/tests/gpu.rs"]
+    mod gpu;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
     /// Mutations of good files are refused, or are safe to compute with.
@@ -25,8 +28,6 @@ mod suite {
     mod parity;
     /// Plans are the printed ones, and hold what every plan must hold.
     mod plan;
-    /// Descriptions of models without files.
-    mod shapes;
     /// The bundled model tells a story, remembers it in the next turn, and only what is new is computed.
     mod story;
     /// The same model on a GPU: the CPU's text, the host's samplers, and copies of states.

@@ -1,14 +1,11 @@
 //! Decode rates of the released shapes on GPU 0, with weights of random bits: `decode [MODEL[:Q4_K_M|Q8_0]] ... [SEQUENCES] ...`.
 //! Prints tokens per second, bytes per token and the share of the measured bandwidth, then the time of each kind of block.
 
-#[path = "../tests/shapes.rs"]
-mod shapes;
-
-use shapes::{RELEASED, make};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 use tandem_cuda::{Backend, Compiler, Device, Feed, Options, StateLayout, WeightsLayout};
+use tandem_spec::testing::shapes::{self, Mix, RELEASED};
 use tandem_spec::testing::{Rng, random_blocks};
 use tandem_spec::{Block, KvDtype, Tensor, TensorSource, TensorType};
 
@@ -86,12 +83,8 @@ fn main() {
             println!("{model}: not a released shape");
             continue;
         };
-        let (base, more) = match quant {
-            "Q8_0" => (TensorType::Q8_0, TensorType::Q8_0),
-            _ => (TensorType::Q4_K, TensorType::Q6_K),
-        };
-        let made = make(released, base, more);
-        let source = Noise::new(made.tensors);
+        let made = shapes::model(released, if quant == "Q8_0" { Mix::All(TensorType::Q8_0) } else { Mix::Q4KM });
+        let source = Noise::new(shapes::tensors(&made));
         let n_slots = 16;
         let options = Options { n_slots, n_ctx: 16640, n_batch: 16, kv: KvDtype::Bf16 };
         let start = Instant::now();

@@ -1,24 +1,10 @@
 //! On a GPU: every block against the exact reference, for every case of the table.
 
-use std::path::PathBuf;
+use crate::gpu::gpu;
 use std::sync::Arc;
 use tandem_cuda::{Backend, Compiler, Device, Options};
 use tandem_spec::testing::{Case, Poisoned, Shape, cases, relative_rms_of_rows};
 use tandem_spec::{KvDtype, TensorType};
-
-/// The first GPU and a compiler that keeps cubins beside the build, or why not.
-pub fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
-    let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
-    let cache = std::env::temp_dir().join("tandem-test-cubins");
-    let compiler = move || Compiler::new(libs.as_deref(), Some(cache.clone()));
-    match Device::open(0).and_then(|device| compiler().map(|_| device)) {
-        Ok(device) => Some((Arc::new(device), move || compiler().expect("loaded before"))),
-        Err(e) => {
-            println!("skipped: {e}");
-            None
-        }
-    }
-}
 
 pub fn options(case: &Case) -> Options {
     let tokens =

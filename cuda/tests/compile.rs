@@ -1,10 +1,10 @@
 //! Without a GPU: every kernel compiles for every supported architecture, and the hot ones do not spill.
 
-use crate::shapes::{RELEASED, make};
 use std::path::PathBuf;
 use tandem_cuda::Options;
 use tandem_cuda::compile::{Nvrtc, Program};
 use tandem_spec::tensor_type::TYPES;
+use tandem_spec::testing::shapes::{self, Mix, QWEN35_0_8B, QWEN35_9B, QWEN35_35B, Shape};
 use tandem_spec::{KvDtype, TensorType};
 
 /// Turing, Ampere, Ada, Hopper, Blackwell.
@@ -70,16 +70,14 @@ fn spilled(log: &str) -> usize {
 #[test]
 fn released_models_compile_for_every_architecture_without_spills() {
     let Some(nvrtc) = nvrtc() else { return };
-    use TensorType::{Q4_K, Q6_K, Q8_0};
-    let programs = |model: &str, base, more| {
-        let model = RELEASED.iter().find(|r| r.name == model).unwrap();
+    let programs = |shape: &Shape, mix| {
         let options = Options { n_slots: 1, n_ctx: 4096, n_batch: 512, kv: KvDtype::Bf16 };
-        tandem_cuda::programs(&make(model, base, more).blocks, &options, 132).unwrap()
+        tandem_cuda::programs(&shapes::model(shape, mix).blocks, &options, 132).unwrap()
     };
     // The mixture of experts has every kernel; the dense models differ from it in widths, and compile for one chip.
-    let mut reports = compile_all(&nvrtc, &programs("35B-A3B", Q4_K, Q6_K), &ARCHS);
-    reports.extend(compile_all(&nvrtc, &programs("0.8B", Q8_0, Q8_0), &["sm_90"]));
-    reports.extend(compile_all(&nvrtc, &programs("9B", Q4_K, Q6_K), &["sm_90"]));
+    let mut reports = compile_all(&nvrtc, &programs(&QWEN35_35B, Mix::Q4KM), &ARCHS);
+    reports.extend(compile_all(&nvrtc, &programs(&QWEN35_0_8B, Mix::All(TensorType::Q8_0)), &["sm_90"]));
+    reports.extend(compile_all(&nvrtc, &programs(&QWEN35_9B, Mix::Q4KM), &["sm_90"]));
     for (what, log) in reports {
         let short: String = what.chars().filter(|c| *c != '\n').take(60).collect();
         assert_eq!(spilled(&log), 0, "{short}: {log}");

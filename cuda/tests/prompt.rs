@@ -1,6 +1,7 @@
 //! On a GPU: every block in the prompt kernels against the exact reference, for every case of the table.
 
-use crate::blocks::{gpu, options};
+use crate::blocks::options;
+use crate::gpu::gpu;
 use std::sync::Arc;
 use tandem_cuda::{Backend, Compiler, Device};
 use tandem_spec::testing::{Case, Poisoned, Shape, cases, relative_rms_of_rows};

@@ -1,7 +1,7 @@
 //! On a GPU: the choice of tokens against the reference on the same logits, and what a step
 //! costs in driver calls.
 
-use crate::blocks::gpu;
+use crate::gpu::gpu;
 use tandem_cuda::{Backend, Error, Feed, Options, driver_calls};
 use tandem_spec::testing::{Buffers, Rng};
 use tandem_spec::{Block, Embed, Head, HeadShape, KvDtype, Linear, SamplerOptions, TensorType, Weight};

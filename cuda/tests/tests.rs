@@ -2,6 +2,6 @@
 
 mod blocks;
 mod compile;
+mod gpu;
 mod prompt;
 mod sample;
-mod shapes;

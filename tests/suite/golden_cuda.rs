@@ -2,30 +2,15 @@
 //! reason, where there is no GPU.
 
 use super::golden::{golden_models, numbers, tokens};
-use std::path::PathBuf;
-use std::sync::Arc;
+use super::gpu::gpu;
 use tandem::gguf::File;
 use tandem::model::describe;
-use tandem_cuda::{Backend, Compiler, Device, Feed, Options};
+use tandem_cuda::{Backend, Feed, Options};
 use tandem_spec::testing::relative_rms;
 use tandem_spec::{Batch, KvDtype};
 
 /// Floats throughout: rounding of f32 sums, and of the chip's own exp and log, over a whole model.
 const BOUND_FLOAT: f64 = 5e-5;
-
-/// The first GPU and a compiler that keeps cubins beside the build, or the reason why not on standard output.
-pub fn gpu() -> Option<(Arc<Device>, impl Fn() -> Compiler)> {
-    let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
-    let cache = std::env::temp_dir().join("tandem-test-cubins");
-    let compiler = move || Compiler::new(libs.as_deref(), Some(cache.clone()));
-    match Device::open(0).and_then(|device| compiler().map(|_| device)) {
-        Ok(device) => Some((Arc::new(device), move || compiler().expect("loaded before"))),
-        Err(e) => {
-            println!("skipped: {e}");
-            None
-        }
-    }
-}
 
 #[test]
 fn cuda_gives_the_golden_logits() {

@@ -1,7 +1,7 @@
 //! The story model on a GPU: the text of the CPU, the samplers of the host, both types of keys and values, prompts in
 //! any chunks, and a chat's next turn. Skipped, with the reason, where there is no GPU.
 
-use super::golden_cuda::gpu;
+use super::gpu::gpu;
 use super::story::{owl, second_turn_knows_the_first};
 use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;

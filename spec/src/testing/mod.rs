@@ -1,8 +1,9 @@
 //! What the tests and benches of every backend share: seeded noise, random valid blocks of every tensor
-//! type, random blocks of a model, the table of [`cases`], poisoned outputs, and errors in which NaN is a
+//! type, random blocks of a model, the table of [`cases`], the released [`shapes`], poisoned outputs, and errors in which NaN is a
 //! failure. Nothing here is used by a run.
 
 mod cases;
+pub mod shapes;
 
 pub use cases::{Case, Shape, cases};
 

@@ -1,13 +1,15 @@
 //! Descriptions of models without files: the released shapes, and any other, with the tensor types that the
-//! usual quantisation mixes choose.
+//! usual quantisation mixes choose. For plans, compilations and benches, which read no weights.
 
-use tandem_spec::{
+use crate::{
     Attention, AttentionShape, Block, DeltaNet, DeltaNetShape, Embed, Ffn, FfnShape, Head, HeadOrder, HeadShape,
-    Linear, Model, Moe, MoeShape, Rope, RopeScaling, RopeStyle, SharedExpert, TensorType, Weight,
+    Linear, Model, Moe, MoeShape, Rope, RopeScaling, RopeStyle, SharedExpert, Tensor, TensorType, Weight,
 };
+use std::collections::BTreeMap;
 
 /// Hyperparameters that matter to a plan.
 #[derive(Clone, Debug)]
+#[allow(missing_docs)]
 pub struct Shape {
     pub name: &'static str,
     pub n_embd: usize,
@@ -55,11 +57,17 @@ const fn hybrid(
     }
 }
 
+/// Dense hybrids of delta net and attention.
 pub const QWEN35_0_8B: Shape = hybrid("0.8B", 1024, 24, (8, 2), 3584, 16, (0, 0, 0), true);
+/// As above.
 pub const QWEN35_4B: Shape = hybrid("4B", 2560, 32, (16, 4), 9216, 32, (0, 0, 0), true);
+/// As above.
 pub const QWEN35_9B: Shape = hybrid("9B", 4096, 32, (16, 4), 12288, 32, (0, 0, 0), false);
+/// As above.
 pub const QWEN35_27B: Shape = hybrid("27B", 5120, 64, (24, 4), 17408, 48, (0, 0, 0), false);
+/// The same with experts.
 pub const QWEN35_35B: Shape = hybrid("35B-A3B", 2048, 40, (16, 2), 0, 32, (256, 8, 512), false);
+/// As above.
 pub const QWEN35_122B: Shape = hybrid("122B-A10B", 3072, 48, (32, 2), 0, 64, (256, 8, 1024), false);
 /// A dense model with attention in every layer.
 pub const QWEN3_8B: Shape = Shape {
@@ -77,6 +85,10 @@ pub const QWEN3_8B: Shape = Shape {
     n_vocab: 151_936,
     tied: false,
 };
+
+/// All of these.
+pub const RELEASED: [&Shape; 7] =
+    [&QWEN35_0_8B, &QWEN35_4B, &QWEN35_9B, &QWEN35_27B, &QWEN35_35B, &QWEN35_122B, &QWEN3_8B];
 
 /// Which types the weights get.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -142,7 +154,7 @@ fn attention(m: &mut Maker, s: &Shape, layer: usize) -> Block<Weight> {
             gated,
             rms_eps: 1e-6,
             rope: Rope {
-                n_rot: s.head_dim / 4 * 2,
+                n_rot: if gated { (s.head_dim / 8 * 2).max(2) } else { s.head_dim },
                 base: 1e7,
                 style: RopeStyle::Neox,
                 scaling: RopeScaling::None,
@@ -264,13 +276,13 @@ pub fn model(s: &Shape, mix: Mix) -> Model {
     }
 }
 
-/// Bytes of all weights as a file stores them, each tensor once.
-pub fn file_bytes(model: &Model) -> usize {
-    let mut seen = std::collections::HashMap::new();
+/// The tensors of the file, in the order of their indices.
+pub fn tensors(model: &Model) -> Vec<Tensor> {
+    let mut all = BTreeMap::new();
     for block in &model.blocks {
         block.for_each(&mut |w| {
-            seen.insert(w.tensor, w.n_bytes());
+            all.insert(w.tensor, Tensor { name: w.name.clone(), ty: w.ty, ne: vec![w.n_cols, w.n_rows()] });
         });
     }
-    seen.values().sum()
+    all.into_values().collect()
 }
