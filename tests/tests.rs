@@ -5,6 +5,8 @@ static ALLOCATOR: suite::allocations::Counting = suite::allocations::Counting;
 
 #[path = "suite"]
 mod suite {
+    /// What a plan counts is what is allocated.
+    mod account;
     /// How much a piece of work allocates.
     pub mod allocations;
     /// The binary answers on standard output and refuses every mistake with one line and the right exit code.

@@ -220,6 +220,14 @@ impl ActivationBuffer {
             + usize::from(forms.codes_256) * (max_elements / BLOCK_LEN) * size_of::<Codes>()
     }
 
+    /// Bytes that were allocated.
+    pub fn allocated(&self) -> usize {
+        size_of_val(&*self.floats)
+            + size_of_val(&*self.blocks)
+            + size_of_val(&*self.super_blocks)
+            + size_of_val(&*self.super_codes)
+    }
+
     /// Rows `[n_rows, n_cols]` in `forms`, in the memory from element `start` on; `start` and `n_cols` are multiples of
     /// [`Forms::columns_together`]. Views of the same part of the buffer and of the same shape show the same rows.
     pub fn view(&self, start: usize, n_rows: usize, n_cols: usize, forms: Forms) -> Activations<'_> {

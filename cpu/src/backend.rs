@@ -14,7 +14,7 @@ use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_spec::{Batch, Block, Linear, Model, Panels, TensorSource, Weight};
+use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
 /// What can fail.
 #[derive(Debug, thiserror::Error)]
@@ -93,61 +93,50 @@ pub struct Backend {
     pool: Pool,
 }
 
-/// Matrices and vectors of a block as this backend keeps them.
-enum Part<'a> {
-    Matrix(&'a Weight),
-    /// So many matrices.
-    Stack(&'a Weight, usize),
-    Vector(&'a Weight),
-}
-
-fn for_each_part(block: &Block<Weight>, f: &mut dyn FnMut(Part)) {
-    fn linear(l: &Linear<Weight>, f: &mut dyn FnMut(Part)) {
-        f(Part::Matrix(&l.weight));
-        l.bias.iter().for_each(|b| f(Part::Vector(b)));
-    }
+/// Calls `f` with every tensor that this backend holds of a block (or of a share of one) and the bytes that it takes: matrices
+/// packed, each expert's on its own, vectors as floats. Scales and rotary divisors are numbers beside them.
+pub fn for_each_weight(block: &Block<Weight>, isa: Isa, f: &mut dyn FnMut(&Weight, u64)) {
+    let stack = |w: &Weight, n: usize| {
+        let one = Matrix::packed_bytes(w.n_rows() / n.max(1), w.n_cols, w.ty, isa);
+        (n * one) as u64
+    };
+    let matrix = |w: &Weight| stack(w, 1);
+    let vector = |w: &Weight| 4 * (w.n_rows() * w.n_cols) as u64;
+    let linear = |l: &Linear<Weight>, f: &mut dyn FnMut(&Weight, u64)| {
+        f(&l.weight, matrix(&l.weight));
+        l.bias.iter().for_each(|b| f(b, vector(b)));
+    };
     match block {
-        Block::Embed(b) => f(Part::Matrix(&b.token_embd)),
+        Block::Embed(b) => f(&b.token_embd, matrix(&b.token_embd)),
         Block::Attention(b) => {
             [&b.attn_q, &b.attn_k, &b.attn_v, &b.attn_output].into_iter().for_each(|l| linear(l, f));
-            f(Part::Vector(&b.attn_norm));
-            b.attn_q_norm.iter().chain(&b.attn_k_norm).for_each(|v| f(Part::Vector(v)));
+            f(&b.attn_norm, vector(&b.attn_norm));
+            b.attn_q_norm.iter().chain(&b.attn_k_norm).for_each(|v| f(v, vector(v)));
         }
         Block::DeltaNet(b) => {
             let linears = [&b.attn_qkv, &b.attn_gate, &b.ssm_beta, &b.ssm_alpha, &b.ssm_out];
             linears.into_iter().for_each(|l| linear(l, f));
-            [&b.attn_norm, &b.ssm_conv1d, &b.ssm_dt, &b.ssm_a, &b.ssm_norm]
-                .into_iter()
-                .for_each(|v| f(Part::Vector(v)));
+            [&b.attn_norm, &b.ssm_conv1d, &b.ssm_dt, &b.ssm_a, &b.ssm_norm].into_iter().for_each(|v| f(v, vector(v)));
         }
         Block::Ffn(b) => {
             [&b.ffn_gate, &b.ffn_up, &b.ffn_down].into_iter().for_each(|l| linear(l, f));
-            f(Part::Vector(&b.ffn_norm));
+            f(&b.ffn_norm, vector(&b.ffn_norm));
         }
         Block::Moe(b) => {
-            f(Part::Matrix(&b.ffn_gate_inp));
+            f(&b.ffn_gate_inp, matrix(&b.ffn_gate_inp));
             for l in [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps] {
-                f(Part::Stack(&l.weight, b.shape.n_experts));
+                f(&l.weight, stack(&l.weight, b.experts.len()));
             }
-            f(Part::Vector(&b.ffn_norm));
+            f(&b.ffn_norm, vector(&b.ffn_norm));
             if let Some(s) = &b.shared {
                 [&s.ffn_gate_shexp, &s.ffn_up_shexp, &s.ffn_down_shexp].into_iter().for_each(|l| linear(l, f));
-                s.ffn_gate_inp_shexp.iter().for_each(|w| f(Part::Matrix(w)));
+                s.ffn_gate_inp_shexp.iter().for_each(|w| f(w, matrix(w)));
             }
         }
         Block::Head(b) => {
             linear(&b.output, f);
-            f(Part::Vector(&b.output_norm));
+            f(&b.output_norm, vector(&b.output_norm));
         }
-    }
-}
-
-fn part_bytes(part: &Part, isa: Isa) -> u64 {
-    let packed = |rows: usize, w: &Weight| Matrix::packed_bytes(rows, w.n_cols, w.ty, isa) as u64;
-    match part {
-        Part::Matrix(w) => packed(w.n_rows(), w),
-        Part::Stack(w, n) => *n as u64 * packed(w.n_rows() / n, w),
-        Part::Vector(w) => 4 * (w.n_rows() * w.n_cols) as u64,
     }
 }
 
@@ -199,7 +188,7 @@ impl Backend {
                     }),
                 })
             })?);
-            for_each_part(block, &mut |part| done += part_bytes(&part, isa));
+            for_each_weight(block, isa, &mut |_, bytes| done += bytes);
             // The head's part of a shared table was done with the embedding.
             progress(done.min(planned));
         }
@@ -216,9 +205,9 @@ impl Backend {
     pub fn planned_weight_bytes(model: &Model, blocks: &[usize], isa: Isa) -> u64 {
         let mut bytes = 0;
         for &index in blocks {
-            for_each_part(&model.blocks[index], &mut |part| bytes += part_bytes(&part, isa));
+            for_each_weight(&model.blocks[index], isa, &mut |_, n| bytes += n);
         }
-        bytes - tied(model, blocks).map_or(0, |w| part_bytes(&Part::Matrix(w), isa))
+        bytes - tied(model, blocks).map_or(0, |w| Matrix::packed_bytes(w.n_rows(), w.n_cols, w.ty, isa) as u64)
     }
 
     /// Bytes allocated for weights.
@@ -251,8 +240,8 @@ impl Backend {
 
     /// Bytes that [`Backend::state`] allocates with the same arguments and `threads` workers; `None` where the
     /// number overflows.
-    pub fn planned_state_bytes(model: &Model, blocks: &[usize], size: StateSize, threads: usize) -> Option<u64> {
-        Some(Layout::new(model, blocks, size, threads.max(1))?.n_bytes() as u64)
+    pub fn planned_state_bytes(model: &Model, blocks: &[usize], size: StateSize, threads: usize) -> Option<StateBytes> {
+        Some(Layout::new(model, blocks, size, threads.max(1))?.bytes())
     }
 
     /// States and scratch for batches within `size`, all positions empty. An error where the memory is not there.

@@ -20,7 +20,7 @@ pub mod state;
 mod step;
 
 pub use activations::{ActivationBuffer, Activations, Forms};
-pub use backend::{Backend, Error, Options};
+pub use backend::{Backend, Error, Options, for_each_weight};
 pub use isa::Isa;
 pub use matrix::{Matrix, OutRows};
 pub use state::{Snapshot, State, StateSize};

@@ -49,6 +49,14 @@ impl Routing {
         2 * n_choices * size_of::<Choice>() + n_experts * (size_of::<u32>() + size_of::<(u32, u32)>())
     }
 
+    /// Bytes that were allocated.
+    pub fn allocated(&self) -> usize {
+        let choices = self.chosen.capacity() + self.sorted.capacity();
+        choices * size_of::<Choice>()
+            + self.ends.capacity() * size_of::<u32>()
+            + self.active.capacity() * size_of::<(u32, u32)>()
+    }
+
     /// Chooses the `n_used` largest of each token's `logits(token)` (of equal ones the first), with the softmax over the chosen as
     /// weights, which is the renormalised softmax over all.
     fn route<'a>(&mut self, n_tokens: usize, n_experts: usize, n_used: usize, logits: impl Fn(usize) -> &'a [f32]) {

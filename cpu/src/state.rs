@@ -7,7 +7,7 @@ use crate::projection::MAX_PIECE_ROWS;
 use crate::{ActivationBuffer, Error, Forms, attention, delta_net};
 use memmap2::MmapMut;
 use std::ops::Range;
-use tandem_spec::{Block, KvDtype, Model, Rope, Weight};
+use tandem_spec::{Block, KvDtype, Model, Rope, StateBytes, Weight};
 
 /// Batches of so few rows are normed and rounded by every worker for itself, which is cheaper than a barrier.
 pub(crate) const REDUNDANT_ROWS: usize = 2;
@@ -68,6 +68,8 @@ pub(crate) struct Layout {
     pub blocks: Vec<BlockState>,
     /// Distinct rotary embeddings, with the name of their divisors.
     pub ropes: Vec<(Rope, Option<String>)>,
+    /// Elements of keys and values, all slots together.
+    kv_len: usize,
     /// States of slot 0; those of the others follow.
     slot_states: usize,
     slot_len: usize,
@@ -123,6 +125,7 @@ impl Layout {
         };
         let mut states = vec![BlockState::None; model.blocks.len()];
         let mut ropes: Vec<(Rope, Option<String>)> = Vec::new();
+        let mut kv_len = 0;
         let (mut slot_len, mut rope_len, mut wide_len, mut mixed_len, mut parts_len) = (0usize, 0, 0, 0, 0);
         let (mut row_len, mut tile_len, mut parts_rows) = (model.n_embd, n_batch * MAX_PIECE_ROWS, n_batch);
         let [mut normed, mut mixed_acts, mut sorted, mut hidden_acts, mut own] = [BufferSize::default(); 5];
@@ -142,6 +145,7 @@ impl Layout {
                         ropes.push(key);
                     }
                     states[index] = BlockState::Kv { k: take(n)?, v: take(n)?, rope };
+                    kv_len += 2 * n.next_multiple_of(16);
                     rope_len = rope_len.max(s.rope.n_rot);
                     wide_len = wide_len.max(b.attn_q.weight.n_rows() + 2 * s.n_kv_heads * s.head_dim);
                     let width = s.n_heads * s.head_dim;
@@ -217,6 +221,7 @@ impl Layout {
             blocks: states,
             rope: take(batch(rope_len * ropes.len())?)?,
             ropes,
+            kv_len,
             slot_states: take(slot_len.checked_mul(n_slots)?)?,
             slot_len,
             rope_len,
@@ -246,6 +251,13 @@ impl Layout {
         let shared = [self.normed, self.mixed_acts, self.sorted, self.hidden_acts];
         let per_worker = self.own.n_bytes() + Routing::n_bytes(self.routing.0, self.routing.1);
         4 * self.len + shared.iter().map(|b| b.n_bytes()).sum::<usize>() + self.n_workers * per_worker
+    }
+
+    /// The same by use.
+    pub fn bytes(&self) -> StateBytes {
+        let (kv, states) = (4 * self.kv_len, 4 * self.slot_len * self.size.n_slots);
+        let scratch = (self.n_bytes() - kv - states) as u64;
+        StateBytes { kv: kv as u64, states: states as u64, logits: 0, scratch }
     }
 
     /// States of `slot`.
@@ -328,8 +340,14 @@ impl State {
     }
 
     /// Bytes allocated.
-    pub fn n_bytes(&self) -> usize {
-        self.layout.n_bytes()
+    pub fn bytes(&self) -> StateBytes {
+        let routing = self.routing.iter().map(Routing::allocated).sum::<usize>();
+        let own = self.buffers.own.iter().map(ActivationBuffer::allocated).sum::<usize>();
+        let Buffers { normed, mixed, sorted, hidden, .. } = &self.buffers;
+        let shared = [normed, mixed, sorted, hidden].map(ActivationBuffer::allocated).iter().sum::<usize>();
+        let all = self.memory.len() + shared + own + routing;
+        let StateBytes { kv, states, logits, .. } = self.layout.bytes();
+        StateBytes { scratch: all as u64 - kv - states - logits, kv, states, logits }
     }
 
     /// The memory of the layout, and what lies beside it.

@@ -191,7 +191,7 @@ fn planned_bytes_are_allocated_bytes() {
         assert_eq!(backend.weight_bytes(), Backend::planned_weight_bytes(&model, &[0], isa), "{}", case.name);
         let planned = Backend::planned_state_bytes(&model, &[0], size(&case), 2).expect("a size");
         let state = backend.state(size(&case)).expect("memory");
-        assert_eq!(state.n_bytes() as u64, planned, "{}", case.name);
+        assert_eq!(state.bytes(), planned, "{}", case.name);
     }
     let mut maker = Maker::new(1, &[TensorType::Q8_0]);
     let embed = maker.embed(96, 64);

@@ -2,7 +2,7 @@
 //! one after the other ([`Backend::run`]) or the whole decode step as one graph ([`Backend::decode`]). Refuses float
 //! parameters of other types than F32, and batches larger than it was made for.
 
-use crate::arena::{Arena, Pinned, Ptr, Range, Ranges};
+use crate::arena::{ALIGN, Arena, Pinned, Ptr, Range, Ranges};
 use crate::attention::AttentionOp;
 use crate::compile::{Compiler, Kernels, Program};
 use crate::delta_net::DeltaNetOp;
@@ -18,7 +18,7 @@ use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use tandem_spec::{Batch, Block, SamplerOptions, TensorSource, TensorType, Weight};
+use tandem_spec::{Batch, Block, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
 /// use (tied embeddings) lies there once.
@@ -55,6 +55,16 @@ impl WeightsLayout {
 
     fn range(&self, weight: &Weight) -> Range {
         self.ranges[weight]
+    }
+}
+
+/// Calls `f` with the name of every tensor of a block (or of a share of one) and the bytes that it takes in the weight
+/// arena, alignment included.
+pub fn for_each_weight(block: &Block<Weight>, f: &mut dyn FnMut(&str, u64)) {
+    let aligned = |bytes: usize| bytes.next_multiple_of(ALIGN) as u64;
+    block.for_each(&mut |w| f(&w.name, aligned(layout::weight_bytes(w))));
+    if let Block::Attention(b) = block {
+        f("rotary frequencies", aligned(b.shape.rope.n_rot / 2 * 8));
     }
 }
 
@@ -173,6 +183,8 @@ pub struct Backend {
     options: Options,
     layout: StateLayout,
     planned: usize,
+    /// Device memory that was free before anything was loaded.
+    free_before: usize,
     weights: Arena,
     _kernels: Kernels,
     device: Arc<Device>,
@@ -198,6 +210,7 @@ impl Backend {
                 return Err(Error::Unsupported(format!("{} is {}, the GPU kernels want F32", w.name, w.ty)));
             }
         }
+        let (free_before, _) = device.memory()?;
         let n_sms = device.n_sms();
         let weights_layout = WeightsLayout::new(blocks);
         let layout = StateLayout::new(blocks, options, n_sms);
@@ -258,6 +271,7 @@ impl Backend {
             options: options.clone(),
             layout,
             planned,
+            free_before,
             weights,
             _kernels: kernels,
             device: device.clone(),
@@ -274,6 +288,17 @@ impl Backend {
         self.weights.bytes()
     }
 
+    /// Bytes of device memory that the driver took since the context was there, beside the weights and `states`, as far as
+    /// other programs stand still: modules, graphs, cuBLASLt.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn driver_bytes(&self, states: &[&State]) -> Result<i64, Error> {
+        let (free, _) = self.device.memory()?;
+        let ours = self.weights.bytes() + states.iter().map(|s| s.bytes()).sum::<usize>();
+        Ok(self.free_before as i64 - free as i64 - ours as i64)
+    }
+
     /// Memory for all slots and the buffers of a step.
     ///
     /// # Errors
@@ -287,7 +312,8 @@ impl Backend {
         }
         let pinned = Pinned::new(self.options.n_slots * 4)?;
         let samplers = vec![SamplerOptions::greedy(); self.options.n_slots];
-        Ok(State { arena, graphs: HashMap::new(), pinned, held: Vec::new(), running: Vec::new(), samplers })
+        let (by_use, graphs) = (self.layout.by_use(), HashMap::new());
+        Ok(State { arena, by_use, graphs, pinned, held: Vec::new(), running: Vec::new(), samplers })
     }
 
     /// Bytes of a copy of the delta-net states of one slot; 0 where no block has any.
@@ -648,6 +674,7 @@ pub struct State {
     running: Vec<Feed>,
     /// By slot, as the device holds them.
     samplers: Vec<SamplerOptions>,
+    by_use: StateBytes,
     arena: Arena,
 }
 
@@ -655,6 +682,11 @@ impl State {
     /// Bytes of the state arena.
     pub fn bytes(&self) -> usize {
         self.arena.bytes()
+    }
+
+    /// The same by use.
+    pub fn by_use(&self) -> StateBytes {
+        StateBytes { scratch: self.by_use.scratch + self.arena.bytes() as u64 - self.by_use.total(), ..self.by_use }
     }
 
     /// Bytes of pinned host memory.

@@ -1,12 +1,12 @@
 //! What the blocks share: weights on the device, the buffers between their kernels, the rows of a step, and the
 //! linker that turns programs into functions. One step of a block is a few launches on the device's stream.
 
-use crate::arena::{Ptr, Range, Ranges};
+use crate::arena::{ALIGN, Ptr, Range, Ranges};
 use crate::compile::{Args, Function, Kernels, Launch, Program};
 use crate::device::Device;
 use crate::error::Error;
 use crate::head::Sampled;
-use tandem_spec::{Block, KvDtype, Linear, TensorType, Weight};
+use tandem_spec::{Block, KvDtype, Linear, StateBytes, TensorType, Weight};
 
 /// A weight in device memory, in the layout of [`crate::layout`].
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +125,8 @@ pub struct StateLayout {
     pub(crate) done: Range,
     pub(crate) logits: Range,
     pub(crate) sampled: Sampled<Range>,
+    /// Of keys and values, and of delta-net states.
+    own: StateBytes,
     total: usize,
 }
 
@@ -136,7 +138,9 @@ impl StateLayout {
         let (mut n_embd, mut projected, mut mixed, mut parts, mut n_vocab) = (0, 0, 0, 0, 0);
         let (mut n_experts, mut n_used, mut done) = (0, 0, 0);
         let mut states = Vec::new();
+        let mut own = StateBytes::default();
         for block in blocks {
+            let before = ranges.total();
             let mut state = [Range::default(); 2];
             match block {
                 Block::Embed(b) => n_embd = n_embd.max(b.n_embd),
@@ -177,6 +181,12 @@ impl StateLayout {
                     n_vocab = n_vocab.max(b.shape.n_vocab);
                 }
             }
+            let bytes = (ranges.total() - before) as u64;
+            match block {
+                Block::Attention(_) => own.kv += bytes,
+                Block::DeltaNet(_) => own.states += bytes,
+                _ => assert_eq!(bytes, 0, "a state of a block that has none"),
+            }
             states.push(state);
         }
         let logit_rows = LOGIT_ROWS.max(n_slots);
@@ -215,6 +225,7 @@ impl StateLayout {
             done: ranges.take(done * 4),
             logits: ranges.take(logit_rows * n_vocab * 4),
             sampled: Sampled::new(&mut ranges, n_slots, n_vocab),
+            own,
             total: ranges.total(),
         }
     }
@@ -222,6 +233,13 @@ impl StateLayout {
     /// Bytes of the state arena.
     pub fn bytes(&self) -> usize {
         self.total
+    }
+
+    /// The same by use.
+    pub fn by_use(&self) -> StateBytes {
+        let logits = self.logits.bytes.next_multiple_of(ALIGN) as u64;
+        let StateBytes { kv, states, .. } = self.own;
+        StateBytes { kv, states, logits, scratch: self.total as u64 - kv - states - logits }
     }
 }
 

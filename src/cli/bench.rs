@@ -1,6 +1,6 @@
 //! `tandem bench`: prompt and generation rates at given lengths and depths, against what the machine can read.
 
-use super::load::{self, EngineArgs, Loaded};
+use super::load::{self, EngineArgs, Loaded, Memory};
 use super::usage;
 use crate::engine::Session;
 use crate::plan::{self, Workload};
@@ -47,7 +47,7 @@ struct Row {
     tokens: usize,
     rates: Vec<f64>,
     median: f64,
-    /// The plan's prediction for its workload, where the row resembles it.
+    /// What the plan predicts; none for prompts at a depth.
     predicted: Option<f64>,
     /// What generation reads from memory.
     read: Option<Read>,
@@ -174,23 +174,26 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             rows.push(Row { gpu_busy, ..Row::new(&loaded, "tg", n, depth, rates) });
         }
     }
-    report(&args, &loaded, &rows)
+    let memory = load::memory(&loaded.engine, &session)?;
+    report(&args, &loaded, &rows, &memory)
 }
 
 impl Row {
     fn new(loaded: &Loaded, kind: &str, n: usize, depth: usize, rates: Vec<f64>) -> Self {
         let engine = &loaded.engine;
         let median = median(&rates);
-        let (test, predicted) = (format!("{kind}{n}"), &engine.plan().prediction);
+        let test = format!("{kind}{n}");
+        let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth);
         if kind == "pp" {
-            let predicted = (depth == 0).then_some(predicted.prompt_tok_s);
+            let predicted = rates_at(n).map(|r| r.1).filter(|_| depth == 0);
             return Self { test, depth, tokens: n, rates, median, predicted, read: None, gpu_busy: None };
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
         let gb_per_s = bytes_per_token as f64 * median * 1e-9;
         let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
-        Self { test, depth, tokens: n, rates, median, predicted: Some(predicted.generate_tok_s), read, gpu_busy: None }
+        let predicted = rates_at(depth + n / 2).map(|r| r.0);
+        Self { test, depth, tokens: n, rates, median, predicted, read, gpu_busy: None }
     }
 
     /// Lowest and highest rate.
@@ -206,7 +209,7 @@ fn peak_memory() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()> {
+fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) -> anyhow::Result<()> {
     let (engine, host) = (&loaded.engine, &loaded.machine.host);
     let (plan, peak) = (engine.plan(), peak_memory());
     if args.json {
@@ -219,6 +222,7 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
             "n_batch": plan.n_batch,
             "load_s": loaded.load_time.as_secs_f64(),
             "peak_memory_bytes": peak,
+            "memory": memory,
             "rows": rows,
         });
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&object)?)?;
@@ -268,5 +272,6 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row]) -> anyhow::Result<()>
         loaded.load_time.as_secs_f64(),
         *super::VERSION
     )?;
+    writeln!(std::io::stdout(), "{}", load::memory_line(memory))?;
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! From what the user typed to a loaded engine: open, describe, plan, say the plan, load exactly it with a
-//! progress bar, and compare planned with actual bytes.
+//! progress bar, and compare planned with actual bytes afterwards.
 
 use super::wishes::{self, WishArgs};
-use crate::engine::{DeviceOptions, Engine, Error};
+use crate::engine::{DeviceOptions, Engine, Error, Session};
 use crate::gguf::File;
 use crate::machine::Machine;
-use crate::plan::{self, Plan, Pool, Workload};
+use crate::plan::{self, Device, Plan, Pool, Wishes, Workload};
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 use tandem_cpu::Isa;
 
@@ -43,9 +44,9 @@ pub struct EngineArgs {
     /// Instruction set of the CPU kernels: avx512, avx2 or portable [default: the best this processor has]
     #[arg(long, env = "TANDEM_CPU_ISA", value_name = "ISA", value_parser = parse_isa, help_heading = "Plan")]
     cpu_isa: Option<Isa>,
-    /// Folder with NVIDIA's run-time compiler (libnvrtc), where it is not on the system's path
-    #[arg(long, env = "TANDEM_CUDA_LIBS", value_name = "FOLDER", help_heading = "Plan")]
-    cuda_libs: Option<PathBuf>,
+    /// Whether the logits of every token of a batch are asked for: `tandem logits`.
+    #[arg(skip)]
+    pub all_logits: bool,
 }
 
 fn parse_isa(text: &str) -> Result<Isa, String> {
@@ -69,36 +70,88 @@ pub struct Loaded {
     pub load_time: Duration,
 }
 
-/// Plans `opened` for `workload`, says the plan in one line on standard error, loads it, and says how planned
-/// and actual bytes differ, if they do.
+/// Plans `opened` for `workload`, says the plan in one line on standard error, and loads it.
 ///
 /// # Errors
 /// A model that does not fit, or weights that cannot be loaded.
 pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow::Result<Loaded> {
-    let options = DeviceOptions {
+    let mut options = DeviceOptions {
         isa: args.cpu_isa.unwrap_or_else(Isa::detect),
-        cuda_libs: args.cuda_libs.clone(),
+        cuda_libs: args.wishes.cuda_libs.clone(),
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };
     let mut machine = args.wishes.machine()?;
     machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
-    let plan = args.wishes.plan(&opened.model, &machine, workload)?;
+    let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
+    let plan = args.wishes.plan(&opened.model, &machine, &wishes)?;
+    options.isa = plan.isa; // that of a saved plan
     let start = Instant::now();
     let engine = match load(opened, plan, &options) {
         Err(error @ (Error::Cuda(_) | Error::Shared { .. })) if !args.wishes.asks_for_gpu() => {
             eprintln!("{error}; running on the CPU");
-            load(opened, args.wishes.on_cpu().plan(&opened.model, &machine, workload)?, &options)?
+            machine.gpus.clear();
+            load(opened, args.wishes.plan(&opened.model, &machine, &Wishes { vram: Vec::new(), ..wishes })?, &options)?
         }
         loaded => loaded?,
     };
     opened.file.check_unchanged()?;
-    for (device, actual) in engine.weight_bytes() {
-        let planned = engine.plan().bytes(device, Some(Pool::Weights));
-        if actual != planned {
-            eprintln!("weights take {actual} bytes on {device}; planned were {planned}");
-        }
-    }
     Ok(Loaded { engine, machine, load_time: start.elapsed() })
+}
+
+/// Planned and actual bytes of a pool on a device.
+#[derive(serde::Serialize)]
+pub struct Memory {
+    device: Device,
+    pool: Pool,
+    planned_bytes: u64,
+    actual_bytes: i64,
+}
+
+impl Memory {
+    /// Whether the two are what they must be: equal where tandem allocates; copies of states may be fewer than planned.
+    fn is_right(&self) -> bool {
+        let (planned, actual) = (self.planned_bytes as i64, self.actual_bytes);
+        if self.pool == Pool::Snapshots { actual <= planned } else { !self.pool.is_ours() || actual == planned }
+    }
+}
+
+/// Planned against actual bytes of everything that tandem allocates and of what drivers take, by device and pool.
+///
+/// # Errors
+/// What a driver says.
+pub fn memory(engine: &Engine, session: &Session) -> anyhow::Result<Vec<Memory>> {
+    let plan = engine.plan();
+    let mut actual: BTreeMap<(Device, Pool), i64> = BTreeMap::new();
+    for (device, pool, bytes) in engine.bytes(session.states()) {
+        *actual.entry((device, pool)).or_default() += bytes as i64;
+    }
+    actual.insert((Device::Cpu, Pool::Snapshots), session.snapshot_bytes() as i64);
+    for (device, bytes) in engine.driver_bytes(session.states())? {
+        actual.insert((device, Pool::Driver), bytes);
+    }
+    for entry in plan.account.iter().filter(|e| e.pool != Pool::Reserve) {
+        actual.entry((entry.device, entry.pool)).or_default();
+    }
+    let row = |((device, pool), actual_bytes)| {
+        let planned_bytes = plan.bytes(device, Some(pool));
+        Memory { device, pool, planned_bytes, actual_bytes }
+    };
+    Ok(actual.into_iter().map(row).filter(|m| m.planned_bytes > 0 || m.actual_bytes != 0).collect())
+}
+
+/// One line: that the bytes are those of the plan, or where they are not; what drivers took apart.
+pub fn memory_line(memory: &[Memory]) -> String {
+    let mib = |bytes: i64| bytes as f64 / f64::from(1 << 20);
+    let wrong: Vec<String> = memory
+        .iter()
+        .filter(|m| !m.is_right())
+        .map(|m| format!("{} {}: {} bytes, planned {}", m.device, m.pool.name(), m.actual_bytes, m.planned_bytes))
+        .collect();
+    let mut parts = vec![if wrong.is_empty() { "bytes as planned".into() } else { wrong.join(", ") }];
+    parts.extend(memory.iter().filter(|m| m.pool == Pool::Driver).map(|m| {
+        format!("{} driver {:.1} MiB, planned {:.1}", m.device, mib(m.actual_bytes), mib(m.planned_bytes as i64))
+    }));
+    parts.join(" | ")
 }
 
 fn load(opened: &Opened, plan: Plan, options: &DeviceOptions) -> Result<Engine, Error> {

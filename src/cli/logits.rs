@@ -30,7 +30,7 @@ pub struct LogitsArgs {
 ///
 /// # Errors
 /// A model that cannot be opened, planned or loaded; tokens outside the vocabulary; a failed write.
-pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
+pub fn run(mut args: LogitsArgs) -> anyhow::Result<()> {
     if args.out.is_none() && std::io::stdout().is_terminal() {
         return Err(usage("logits are raw numbers: give --out FILE, or redirect standard output"));
     }
@@ -40,6 +40,7 @@ pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
         return Err(usage(format!("--tokens: token id {id} is outside the vocabulary (0 to {last})")));
     }
     let workload = Workload { prompt: args.tokens.len(), generate: 0 };
+    args.engine.all_logits = true;
     let engine = load::engine(&opened, &args.engine, workload)?.engine;
     let n_ctx = engine.plan().n_ctx;
     if args.tokens.len() > n_ctx {

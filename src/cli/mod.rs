@@ -12,8 +12,10 @@ pub mod probe;
 mod run;
 pub mod wishes;
 
+use clap::builder::Resettable;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -111,9 +113,55 @@ fn one_line(message: &str) -> String {
     words.join(" ") + " (see --help)"
 }
 
+/// Options that contradict each other, as (command, or any; option; options). Not clap's: to it a variable of the environment
+/// contradicts as a flag does, where it should yield to the flag.
+const CONFLICTS: &[(&str, &str, &[&str])] = &[
+    ("", "plan", &["vram", "ram", "ctx", "kv_dtype", "batch", "threads", "place", "gpu_layers", "machine", "cpu_isa"]),
+    ("plan", "plan", &["prompt", "generate"]),
+    ("plan", "json", &["why"]),
+    ("probe", "known", &["refresh", "json"]),
+    ("run", "system", &["no_template"]),
+];
+
+/// Parses the command line. Of two options that contradict each other, one from the environment yields to one from the
+/// command line; two of the same kind are a mistake.
+fn parse() -> Result<Cli, clap::Error> {
+    let command = Cli::command();
+    let matches = command.clone().try_get_matches()?;
+    let Some((name, found)) = matches.subcommand() else { return Cli::from_arg_matches(&matches) };
+    let options = command.find_subcommand(name).expect("it was just matched");
+    let arg = |id: &str| options.get_arguments().find(|a| a.get_id() == id);
+    let given = |id: &str| arg(id).and_then(|_| found.value_source(id)).filter(|s| *s != ValueSource::DefaultValue);
+    let mut yielding = Vec::new();
+    for (_, one, others) in CONFLICTS.iter().filter(|(of, ..)| of.is_empty() || *of == name) {
+        for other in *others {
+            match (given(one), given(other)) {
+                (Some(ValueSource::CommandLine), Some(ValueSource::EnvVariable)) => yielding.push(*other),
+                (Some(ValueSource::EnvVariable), Some(ValueSource::CommandLine)) => yielding.push(*one),
+                (Some(source), Some(_)) => {
+                    let spelled = |id: &str| {
+                        let arg = arg(id).expect("it was given");
+                        match arg.get_env().filter(|_| source == ValueSource::EnvVariable) {
+                            Some(variable) => variable.to_string_lossy().into_owned(),
+                            None => format!("--{}", arg.get_long().expect("all of these have long names")),
+                        }
+                    };
+                    let message = format!("{} cannot be used with {}", spelled(one), spelled(other));
+                    return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message));
+                }
+                _ => {}
+            }
+        }
+    }
+    let without = |options: clap::Command| {
+        yielding.iter().fold(options, |options, id| options.mut_arg(id, |arg| arg.env(Resettable::Reset)))
+    };
+    Cli::from_arg_matches(&command.mut_subcommand(name, without).try_get_matches()?)
+}
+
 /// Runs the command line and returns the exit code: 0, 2 for usage, 130 for Ctrl-C, 1 for every other error.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(help) if !help.use_stderr() => {
             let _ = help.print(); // --help and --version

@@ -19,7 +19,7 @@ pub struct PlanArgs {
     #[arg(long, env = "TANDEM_PLAN_GENERATE", value_name = "N", default_value_t = Workload::default().generate as u32)]
     pub generate: u32,
     /// Print the plan as JSON; `--plan FILE` of the other commands runs it
-    #[arg(long, env = "TANDEM_PLAN_JSON", conflicts_with = "why")]
+    #[arg(long, env = "TANDEM_PLAN_JSON")]
     pub json: bool,
     /// Write a page with the picture of the plan
     #[arg(long, env = "TANDEM_PLAN_HTML", value_name = "FILE")]
@@ -41,7 +41,8 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let model = crate::model::describe(&file)?;
     let workload = Workload { prompt: args.prompt as usize, generate: args.generate as usize };
     let machine = args.wishes.machine()?;
-    let made = args.wishes.plan(&model, &machine, workload)?;
+    let wishes = args.wishes.wishes(workload);
+    let made = args.wishes.plan(&model, &machine, &wishes)?;
     if let Some(path) = &args.html {
         std::fs::write(path, plan::html(&made, &model)).with_context(|| format!("{}: cannot write", path.display()))?;
     }
@@ -51,7 +52,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
     }
     write!(std::io::stdout(), "{}", plan::text(&made, &model))?;
     if args.why {
-        let why = plan::why(&made, &model, &machine, &args.wishes.wishes(workload));
+        let why = plan::why(&made, &model, &machine, &wishes);
         write!(std::io::stdout(), "\n{why}")?;
     }
     Ok(())

@@ -1,9 +1,10 @@
 //! `tandem probe`: the facts about this machine that plans are made from.
 
-use super::wishes::cache_dir;
+use super::wishes::measuring;
 use crate::machine::{self, Machine};
 use anyhow::Result;
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Options of `tandem probe`.
 #[derive(clap::Args, Debug)]
@@ -15,8 +16,11 @@ pub struct ProbeArgs {
     #[arg(long, env = "TANDEM_PROBE_JSON")]
     pub json: bool,
     /// List the shipped cards and hosts that `--machine` takes by name
-    #[arg(long, env = "TANDEM_PROBE_KNOWN", conflicts_with_all = ["refresh", "json"])]
+    #[arg(long, env = "TANDEM_PROBE_KNOWN")]
     pub known: bool,
+    /// Folder with NVIDIA's run-time compiler (libnvrtc), where it is not on the system's path
+    #[arg(long, env = "TANDEM_CUDA_LIBS", value_name = "FOLDER")]
+    pub cuda_libs: Option<PathBuf>,
 }
 
 /// Measures (or remembers) and prints.
@@ -29,7 +33,7 @@ pub fn run(args: ProbeArgs) -> Result<()> {
         writeln!(std::io::stdout(), "cards: {}\nhosts: {}", cards.join(" "), hosts.join(" "))?;
         return Ok(());
     }
-    let facts = machine::here(cache_dir().as_deref(), args.refresh);
+    let facts = machine::here(&measuring(args.cuda_libs.as_deref(), args.refresh));
     if args.json {
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&facts)?)?;
     } else {
@@ -43,14 +47,16 @@ fn text(facts: &Machine) -> String {
     let host = &facts.host;
     let rates: Vec<String> = host.read.iter().map(|r| format!("{:.1} GB/s with {}", r.gb_per_s, r.threads)).collect();
     let mut out = format!(
-        "{}\ncpu    {}: {} kernels, {} threads\nram    {:.1} of {:.1} GiB available\nreads  {}\n",
+        "{}\ncpu    {}: {} kernels, {} threads\nram    {:.1} of {:.1} GiB available\nreads  {}\ncopies {:.1} GB/s with {}\n",
         facts.name,
         host.cpu,
         host.isa.name(),
         host.threads,
         gib(host.ram_available),
         gib(host.ram_total),
-        rates.join(", ")
+        rates.join(", "),
+        host.copy_gb_per_s,
+        host.threads
     );
     for kernel in &host.kernels {
         out += &format!(
@@ -61,17 +67,27 @@ fn text(facts: &Machine) -> String {
         );
     }
     for (i, gpu) in facts.gpus.iter().enumerate() {
+        let (major, minor) = gpu.compute_capability;
+        let dense = gpu.dense_tflops.map_or(String::new(), |t| format!(", {t:.0} through cuBLASLt"));
         out += &format!(
-            "cuda{i}  {}: compute {}.{}, {:.1} of {:.1} GiB free, {:.0} GB/s, host to device {:.0} GB/s pinned and {:.0} pageable, hand-off {:.1} us\n",
+            "cuda{i}  {}: compute {major}.{minor}, {} multiprocessors, {:.1} of {:.1} GiB free, driver {:.0} MiB\n",
             gpu.name,
-            gpu.compute_capability.0,
-            gpu.compute_capability.1,
+            gpu.n_sms,
             gib(gpu.vram_free),
             gib(gpu.vram_total),
-            gpu.bandwidth_gb_per_s,
-            gpu.pinned_gb_per_s,
-            gpu.pageable_gb_per_s,
-            gpu.handoff_us
+            gpu.driver_bytes as f64 / f64::from(1 << 20),
+        );
+        out += &format!(
+            "       reads {:.0} GB/s, multiplies {:.0} TFLOP/s in 16 bits{dense}\n",
+            gpu.bandwidth_gb_per_s, gpu.mma_tflops
+        );
+        out += &format!(
+            "       from the host {:.1} GB/s pinned, {:.1} pageable, to the host {:.1}\n",
+            gpu.pinned_gb_per_s, gpu.pageable_gb_per_s, gpu.read_back_gb_per_s
+        );
+        out += &format!(
+            "       graph {:.1} us, each kernel {:.2}, token read back {:.1}, hand-off {:.1}\n",
+            gpu.launch_us, gpu.kernel_us, gpu.transfer_us, gpu.handoff_us
         );
     }
     if let Some(note) = &facts.gpu_note {

@@ -35,7 +35,7 @@ pub struct RunArgs {
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// System message
-    #[arg(long, value_name = "TEXT", env = "TANDEM_SYSTEM", conflicts_with = "no_template")]
+    #[arg(long, value_name = "TEXT", env = "TANDEM_SYSTEM")]
     system: Option<String>,
     /// Give the prompt to the model as it is, without the file's chat template
     #[arg(long, env = "TANDEM_NO_TEMPLATE", value_parser = clap::builder::BoolishValueParser::new())]
@@ -319,7 +319,8 @@ impl<'a> Summary<'a> {
 }
 
 /// Says how a generation went: on standard output as JSON, else as a line on standard error.
-fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, n_past: usize) -> anyhow::Result<()> {
+fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, session: &Session) -> anyhow::Result<()> {
+    let n_past = session.tokens().len();
     let summary = Summary::new(generated, loaded, n_past);
     if args.json {
         writeln!(std::io::stdout(), "{}", serde_json::to_string(&summary)?)?;
@@ -333,16 +334,18 @@ fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, n_past: usize) 
         StopReason::Interrupted => " | interrupted",
     };
     eprintln!(
-        "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s | {:.1} GB/s, {:.0} % of \
+        "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s (predicted {:.1}) | {:.1} GB/s, {:.0} % of \
          the bandwidth{ended}",
         summary.load_s,
         summary.prompt_tokens,
         summary.prompt_tok_s,
         summary.generated_tokens,
         summary.generate_tok_s,
+        summary.predicted_generate_tok_s,
         summary.gb_per_s,
         summary.bandwidth_share * 100.0
     );
+    eprintln!("{}", load::memory_line(&load::memory(&loaded.engine, session)?));
     Ok(())
 }
 
@@ -368,13 +371,13 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
         return chat::chat(editor, messages, &|| INTERRUPTED.load(Ordering::SeqCst), &mut |messages| {
             INTERRUPTED.store(false, Ordering::SeqCst);
             let generated = speaker.answer(messages)?;
-            close(&args, &generated, &loaded, speaker.session.tokens().len())?;
+            close(&args, &generated, &loaded, &speaker.session)?;
             Ok(generated.text)
         });
     };
     catch_ctrl_c()?;
     messages.push(Message::new("user", prompt));
     let generated = speaker.answer(&messages)?;
-    close(&args, &generated, &loaded, speaker.session.tokens().len())?;
+    close(&args, &generated, &loaded, &speaker.session)?;
     if generated.stop == StopReason::Interrupted { Err(Interrupted.into()) } else { Ok(()) }
 }

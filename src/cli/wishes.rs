@@ -50,9 +50,6 @@ impl From<KvDtypeArg> for KvDtype {
     }
 }
 
-/// GPUs of one machine at most.
-const MAX_GPUS: usize = 64;
-
 /// Options that decide a plan.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Plan")]
@@ -86,8 +83,11 @@ pub struct WishArgs {
     #[arg(long, env = "TANDEM_MACHINE", value_name = "FILE|NAME")]
     pub machine: Option<String>,
     /// Run the plan in this file (written by `tandem plan --json`) instead of making one
-    #[arg(long, env = "TANDEM_PLAN", value_name = "FILE", conflicts_with_all = ["place", "gpu_layers", "machine"])]
+    #[arg(long, env = "TANDEM_PLAN", value_name = "FILE")]
     pub plan: Option<PathBuf>,
+    /// Folder with NVIDIA's run-time compiler (libnvrtc), where it is not on the system's path
+    #[arg(long, env = "TANDEM_CUDA_LIBS", value_name = "FOLDER")]
+    pub cuda_libs: Option<PathBuf>,
 }
 
 impl WishArgs {
@@ -100,6 +100,7 @@ impl WishArgs {
             n_slots: 1,
             n_batch: self.batch.map(|n| n as usize),
             kv_dtype: self.kv_dtype.map(KvDtype::from),
+            all_logits: false,
             threads: self.threads.map(|n| n as usize),
             workload,
             place: self.place.clone(),
@@ -107,13 +108,13 @@ impl WishArgs {
         }
     }
 
-    /// The plan: the one in `--plan FILE`, else the fastest for `workload` on `machine` that the wishes allow.
+    /// The plan: the one in `--plan FILE`, else the fastest on `machine` that `wishes` allow.
     ///
     /// # Errors
     /// A plan file of another model; a refusal of the planner, with its numbers.
-    pub fn plan(&self, model: &Model, machine: &Machine, workload: Workload) -> Result<Plan> {
+    pub fn plan(&self, model: &Model, machine: &Machine, wishes: &Wishes) -> Result<Plan> {
         let Some(path) = &self.plan else {
-            return Ok(plan::plan(model, machine, &self.wishes(workload))?);
+            return Ok(plan::plan(model, machine, wishes)?);
         };
         let saved: Plan = read_json(path, "plan")?;
         saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
@@ -129,19 +130,19 @@ impl WishArgs {
             || self.place.iter().any(gpu)
     }
 
-    /// The same wishes without any GPU.
-    pub fn on_cpu(&self) -> Self {
-        Self { vram: vec![0; MAX_GPUS], ..self.clone() }
-    }
-
     /// The machine to plan for: the one asked for, else this one.
     pub fn machine(&self) -> Result<Machine> {
         match &self.machine {
-            None => Ok(machine::here(cache_dir().as_deref(), false)),
+            None => Ok(machine::here(&measuring(self.cuda_libs.as_deref(), false))),
             Some(name) if Path::new(name).exists() => read_json(Path::new(name), "machine facts"),
             Some(name) => machine::known(name).map_err(|e| anyhow!(e)),
         }
     }
+}
+
+/// How this machine's facts are measured.
+pub fn measuring(cuda_libs: Option<&Path>, refresh: bool) -> machine::Options {
+    machine::Options { cache_dir: cache_dir(), cuda_libs: cuda_libs.map(Path::to_owned), refresh }
 }
 
 /// Where measured facts are kept: `$XDG_CACHE_HOME/tandem`, else `~/.cache/tandem`.

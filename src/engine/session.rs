@@ -1,14 +1,11 @@
 //! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
 //! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so copies of them are
-//! kept in main memory near the ends of prompts, within a byte budget, and a prefix that leaves the timeline continues
-//! from the longest copy that it shares.
+//! kept in main memory near the ends of prompts, as many as the plan counts, and a prefix that leaves the timeline
+//! continues from the longest copy that it shares.
 
 use super::step::Snapshot;
 use super::{Engine, Error, States};
 use tandem_spec::{Batch, SamplerOptions};
-
-/// Bytes that copies of GDN states may take in one session.
-const SNAPSHOT_BUDGET: usize = 512 << 20;
 
 /// Tokens between the copy of a prompt and its end. Templates end a prompt with the beginning of the answer, which
 /// they render differently, or not at all, once the answer is history.
@@ -42,6 +39,16 @@ impl<'e> Session<'e> {
         &self.tokens
     }
 
+    /// Everything of the session that changes.
+    pub fn states(&self) -> &States {
+        &self.states
+    }
+
+    /// Bytes of the copies of states that it keeps now.
+    pub fn snapshot_bytes(&self) -> u64 {
+        (self.snapshots.len() * self.engine.snapshot_bytes(&self.states)) as u64
+    }
+
     /// Positions of the timeline.
     pub fn n_ctx(&self) -> usize {
         self.engine.plan().n_ctx
@@ -71,7 +78,7 @@ impl<'e> Session<'e> {
         let start = self.tokens.len();
         let is_prompt = prefix.len() - start > 1;
         let tail = prefix.len().saturating_sub(SNAPSHOT_TAIL);
-        if is_prompt && tail > start && self.max_snapshots() > 0 {
+        if is_prompt && tail > start && plan.n_snapshots > 0 {
             self.advance(&prefix[start..tail], false, stop)?;
             self.keep_snapshot()?;
         }
@@ -161,13 +168,8 @@ impl<'e> Session<'e> {
         }
     }
 
-    /// Copies of states that may be kept.
-    fn max_snapshots(&self) -> usize {
-        SNAPSHOT_BUDGET.checked_div(self.engine.snapshot_bytes(&self.states)).unwrap_or(0)
-    }
-
     fn keep_snapshot(&mut self) -> Result<(), Error> {
-        if self.snapshots.len() >= self.max_snapshots() {
+        if self.snapshots.len() >= self.engine.plan().n_snapshots {
             self.snapshots.remove(0);
         }
         self.snapshots.push((self.tokens.len(), self.engine.snapshot(&mut self.states, self.slot)?));

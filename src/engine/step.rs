@@ -5,7 +5,7 @@ use crate::plan::{Device, Plan, Pool};
 use std::ops::Range;
 use std::path::PathBuf;
 use tandem_cpu::{Isa, StateSize};
-use tandem_spec::{Batch, Block, Model, SamplerOptions, TensorSource};
+use tandem_spec::{Batch, Block, Model, SamplerOptions, StateBytes, TensorSource};
 
 /// How the devices of a plan are used.
 pub struct DeviceOptions {
@@ -132,6 +132,39 @@ impl Engine {
         cpu.chain(self.gpus.iter().map(|(device, b)| (*device, b.weight_bytes() as u64))).collect()
     }
 
+    /// Bytes that the engine and `states` have allocated, by device and pool of the plan. Buffers for loading count where
+    /// they were beyond what states take now.
+    pub fn bytes(&self, states: &States) -> Vec<(Device, Pool, u64)> {
+        let of_state = |device, bytes: StateBytes| {
+            let StateBytes { kv, states, logits, scratch } = bytes;
+            let pools = [(Pool::Kv, kv), (Pool::States, states), (Pool::Logits, logits), (Pool::Scratch, scratch)];
+            pools.map(|(pool, bytes)| (device, pool, bytes))
+        };
+        let mut all: Vec<_> = self.weight_bytes().into_iter().map(|(d, bytes)| (d, Pool::Weights, bytes)).collect();
+        all.extend(states.cpu.iter().flat_map(|state| of_state(Device::Cpu, state.bytes())));
+        all.push((Device::Cpu, Pool::Scratch, size_of_val(&*states.x) as u64));
+        all.push((Device::Cpu, Pool::Logits, 4 * states.logits.capacity() as u64));
+        let upload = tandem_cuda::upload::STAGING_BYTES as u64;
+        for ((device, _), state) in self.gpus.iter().zip(&states.gpus) {
+            all.extend(of_state(*device, state.by_use()));
+            all.push((*device, Pool::Staging, upload.saturating_sub(state.bytes() as u64)));
+            all.push((Device::Cpu, Pool::Pinned, state.pinned_bytes() as u64));
+        }
+        if !self.gpus.is_empty() {
+            all.push((Device::Cpu, Pool::Pinned, upload));
+        }
+        all
+    }
+
+    /// Device memory that each GPU's driver took beside the context and what is ours, as far as other programs stand still.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn driver_bytes(&self, states: &States) -> Result<Vec<(Device, i64)>, Error> {
+        let gpus = self.gpus.iter().zip(&states.gpus);
+        gpus.map(|((device, gpu), state)| Ok((*device, gpu.driver_bytes(&[state])?))).collect()
+    }
+
     /// Fresh states for the plan's slots.
     ///
     /// # Errors
@@ -144,7 +177,7 @@ impl Engine {
             cpu: self.cpu.as_ref().map(|b| b.state(size)).transpose()?,
             gpus: self.gpus.iter().map(|(_, b)| b.state()).collect::<Result<_, _>>()?,
             x: vec![0.0; n_batch * self.model.n_embd],
-            logits: Vec::new(),
+            logits: Vec::with_capacity(self.plan.n_logits * self.model.n_vocab),
         })
     }
 

@@ -7,7 +7,7 @@ mod known;
 mod probe;
 
 pub use known::{known, known_names};
-pub use probe::here;
+pub use probe::{Options, here};
 
 use serde::{Deserialize, Serialize};
 use tandem_cpu::Isa;
@@ -44,6 +44,8 @@ pub struct Host {
     pub ram_available: u64,
     /// Read bandwidth by number of threads, ascending in `threads`; at least one entry.
     pub read: Vec<ReadRate>,
+    /// Bytes copied from one place of main memory to another with [`Host::threads`] threads, GB/s.
+    pub copy_gb_per_s: f64,
     /// Rates of the kernels, where they were measured on this machine.
     #[serde(default)]
     pub kernels: Vec<KernelRate>,
@@ -101,17 +103,28 @@ pub struct Gpu {
     pub vram_total: u64,
     /// Memory free after the context exists and the modules are loaded.
     pub vram_free: u64,
-    /// Device memory bandwidth that a streaming kernel reaches, GB/s.
+    /// Device memory that the driver takes beside the context, for modules, graphs and cuBLASLt.
+    pub driver_bytes: u64,
+    /// Reading device memory, GB/s.
     pub bandwidth_gb_per_s: f64,
-    /// Quantised matrix products of a large batch, 10^12 operations per second (two per weight and token).
-    pub matmul_tflops: f64,
+    /// 16-bit products through `mma.sync`, 10^12 operations per second (two per weight and token).
+    pub mma_tflops: f64,
+    /// The same through cuBLASLt, on chips where the prompt kernels use it.
+    #[serde(default)]
+    pub dense_tflops: Option<f64>,
     /// Host to device from pinned memory, GB/s.
     pub pinned_gb_per_s: f64,
     /// Host to device from pageable memory, GB/s.
     pub pageable_gb_per_s: f64,
-    /// One kernel of a replayed graph beside the bytes it moves, microseconds.
+    /// Device to pinned memory, GB/s.
+    pub read_back_gb_per_s: f64,
+    /// A few bytes from the device to the host, microseconds.
+    pub transfer_us: f64,
+    /// Launching a graph and waiting for it, microseconds.
+    pub launch_us: f64,
+    /// One kernel with nothing in it in a replayed graph, microseconds.
     pub kernel_us: f64,
-    /// Handing one token's activations to the CPU and taking the result back inside a graph, microseconds.
+    /// Handing one token's activations to the CPU and taking the result back inside a kernel, microseconds.
     pub handoff_us: f64,
 }
 

@@ -1,20 +1,33 @@
-//! Measures this machine: what the operating system says, the read bandwidth of main memory by number of
-//! threads, and the rates of the CPU kernels; and asks the driver for GPUs. Measured rates are remembered on disk; free memory is asked afresh every time.
+//! Measures this machine: what the operating system says, how fast main memory is read (by number of threads) and copied, the
+//! rates of the CPU kernels, and what each GPU does. Measured rates are remembered on disk; free memory is asked afresh every
+//! time.
 
 use super::{Gpu, Host, KernelRate, Machine, ReadRate, isa_name, kernels, known, known_names};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 use std::time::Instant;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tandem_cpu::Isa;
+use tandem_cuda::{Compiler, GpuInfo};
 
 /// Changes when the measurement does, so that older files are measured again.
-const CACHE_VERSION: u32 = 2;
+const CACHE_VERSION: u32 = 3;
 /// Bytes read per pass: several times the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
 const READ_PASSES: usize = 3;
+
+/// Where measured rates are kept, and how to come to new ones.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Folder of remembered rates and compiled kernels; `None`: nothing is kept.
+    pub cache_dir: Option<PathBuf>,
+    /// Folder with NVRTC, where it is not on the system's path.
+    pub cuda_libs: Option<PathBuf>,
+    /// Whether to measure again what is remembered.
+    pub refresh: bool,
+}
 
 /// What is remembered.
 #[derive(Serialize, Deserialize)]
@@ -25,12 +38,43 @@ struct Measured {
     isa: Isa,
     threads: usize,
     read: Vec<ReadRate>,
+    copy_gb_per_s: f64,
     kernels: Vec<KernelRate>,
+    gpus: Vec<Gpu>,
 }
 
-/// Facts about this machine. Rates come from `cache_dir` where they were measured before (a missing, damaged
-/// or foreign file is measured again and replaced), unless `refresh`. Without a `cache_dir` nothing is kept.
-pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
+impl Measured {
+    /// Measures the host.
+    fn host(cpu: &str, isa: Isa, threads: usize, ram_available: u64) -> Self {
+        let bytes = READ_BYTES.min((ram_available / 8) as usize).max(1 << 20);
+        // Written once: untouched pages would all be the same page of zeros.
+        let words = vec![1u64; bytes / 8];
+        Self {
+            version: CACHE_VERSION,
+            cpu: cpu.into(),
+            isa,
+            threads,
+            read: read_rates(threads, &words),
+            copy_gb_per_s: copy_rate(words, threads),
+            kernels: kernels::measure(threads, isa),
+            gpus: Vec::new(),
+        }
+    }
+
+    fn is_of(&self, cpu: &str, isa: Isa, threads: usize) -> bool {
+        let same = self.version == CACHE_VERSION && self.cpu == cpu && self.isa == isa && self.threads == threads;
+        same && !self.read.is_empty()
+    }
+
+    fn has_gpus(&self, found: &[GpuInfo]) -> bool {
+        let names = found.iter().map(|info| (info.name.as_str(), info.n_sms));
+        names.eq(self.gpus.iter().map(|gpu| (gpu.name.as_str(), gpu.n_sms)))
+    }
+}
+
+/// Facts about this machine. Rates come from the cache where they were measured before (a missing, damaged or foreign file
+/// is measured again and replaced), unless `options.refresh`.
+pub fn here(options: &Options) -> Machine {
     let system = System::new_with_specifics(
         RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()).with_memory(MemoryRefreshKind::nothing().with_ram()),
     );
@@ -38,74 +82,114 @@ pub fn here(cache_dir: Option<&Path>, refresh: bool) -> Machine {
     let cpu = cpu_name(&system);
     let isa = Isa::detect();
     let threads = threads();
-    let path = cache_dir.map(|dir| cache_path(dir, &cpu, threads));
-    let remembered = path.as_deref().filter(|_| !refresh).and_then(read_cache);
-    let measured = remembered
-        .filter(|m| {
-            m.version == CACHE_VERSION && m.cpu == cpu && m.isa == isa && m.threads == threads && !m.read.is_empty()
-        })
-        .unwrap_or_else(|| {
-            let bytes = READ_BYTES.min((ram_available / 8) as usize).max(1 << 20);
-            let fresh = Measured {
-                version: CACHE_VERSION,
-                cpu: cpu.clone(),
-                isa,
-                threads,
-                read: read_rates(threads, bytes),
-                kernels: kernels::measure(threads, isa),
-            };
-            if let Some(path) = &path {
-                write_cache(path, &fresh);
-            }
-            fresh
-        });
-    let host = Host { cpu, isa, threads, ram_total, ram_available, read: measured.read, kernels: measured.kernels };
-    let (gpus, gpu_note) = gpus();
+    let path = options.cache_dir.as_deref().map(|dir| cache_path(dir, &cpu, threads));
+    let remembered = path.as_deref().filter(|_| !options.refresh).and_then(read_cache);
+    let remembered = remembered.filter(|m| m.is_of(&cpu, isa, threads));
+    let mut is_new = remembered.is_none();
+    let mut measured = remembered.unwrap_or_else(|| Measured::host(&cpu, isa, threads, ram_available));
+    let (found, gpu_note) = match usable_gpus(options) {
+        Ok(found) => (found, None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    };
+    if !measured.has_gpus(&found) && !found.is_empty() {
+        measured.gpus = found.iter().map(|info| measure_gpu(info, options)).collect();
+        is_new = true;
+    }
+    if let Some(path) = path.filter(|_| is_new) {
+        write_cache(&path, &measured);
+    }
+    let with_memory = |(info, gpu): (&GpuInfo, &Gpu)| Gpu {
+        vram_total: info.total_bytes as u64,
+        vram_free: info.free_bytes as u64,
+        ..gpu.clone()
+    };
+    let gpus = found.iter().zip(&measured.gpus).map(with_memory).collect();
+    let Measured { read, copy_gb_per_s, kernels, .. } = measured;
+    let host = Host { cpu, isa, threads, ram_total, ram_available, read, copy_gb_per_s, kernels };
     Machine { name: System::host_name().unwrap_or_else(|| "this machine".into()), host, gpus, gpu_note }
 }
 
-/// The GPUs that the driver shows, or why there are none.
-fn gpus() -> (Vec<Gpu>, Option<String>) {
-    match tandem_cuda::gpus() {
-        Ok(found) => (found.iter().map(gpu).collect(), None),
-        Err(error) => (Vec::new(), Some(error.to_string())),
+fn compiler(options: &Options) -> Result<Compiler, tandem_cuda::Error> {
+    Compiler::new(options.cuda_libs.as_deref(), options.cache_dir.as_ref().map(|dir| dir.join("cubins")))
+}
+
+/// The GPUs that the driver shows and that kernels can be compiled for, or why there are none.
+fn usable_gpus(options: &Options) -> Result<Vec<GpuInfo>, tandem_cuda::Error> {
+    let found = tandem_cuda::gpus()?;
+    compiler(options)?;
+    Ok(found)
+}
+
+/// Facts of a GPU: measured, or where that fails (too little free memory) those of the shipped card of that name, or else
+/// what its bus and its multiprocessors promise.
+fn measure_gpu(info: &GpuInfo, options: &Options) -> Gpu {
+    let measured = tandem_cuda::Device::open(info.ordinal)
+        .and_then(|device| tandem_cuda::probe::measure(&Arc::new(device), compiler(options)?));
+    let promised = promised(info);
+    match measured {
+        Ok(m) => Gpu {
+            driver_bytes: m.driver_bytes as u64 + DRIVER_SPARE,
+            bandwidth_gb_per_s: m.read_gb_per_s,
+            mma_tflops: m.mma_tflops,
+            dense_tflops: m.dense_tflops,
+            pinned_gb_per_s: m.pinned_gb_per_s,
+            pageable_gb_per_s: m.pageable_gb_per_s,
+            read_back_gb_per_s: m.read_back_gb_per_s,
+            transfer_us: m.transfer_us,
+            launch_us: m.launch_us,
+            kernel_us: m.kernel_us,
+            handoff_us: m.handoff_us,
+            ..promised
+        },
+        Err(error) => {
+            tracing::warn!("{}: not measured: {error}", info.name);
+            promised
+        }
     }
 }
 
-/// Facts of a GPU: memory as it is now; rates of the shipped card of that name, else what its bus and its
-/// multiprocessors promise, reduced as the shipped cards are (`known/README.md`).
-fn gpu(info: &tandem_cuda::GpuInfo) -> Gpu {
+/// What the modules and graphs of a model take beside those of the probe.
+const DRIVER_SPARE: u64 = 8 << 20;
+
+/// Facts of a GPU that was not measured (`known/README.md` says how vendors' figures are reduced).
+fn promised(info: &GpuInfo) -> Gpu {
     let (major, minor) = info.compute_capability;
+    let here = |gpu: Gpu| Gpu {
+        name: info.name.clone(),
+        n_sms: info.n_sms,
+        vram_total: info.total_bytes as u64,
+        vram_free: info.free_bytes as u64,
+        ..gpu
+    };
     let shipped = known_names().0.into_iter().find_map(|card| {
         let gpu = known(&format!("{card}+{}", known_names().1[0])).ok()?.gpus.swap_remove(0);
         (gpu.name == info.name).then_some(gpu)
     });
-    // int8 operations per multiprocessor, 10^12/s, at common clocks.
-    let int8_per_sm = match (major, minor) {
-        (9, _) => 15.0,
-        (12, _) | (8, 9) => 5.0,
-        (8, 0) => 5.8,
-        _ => 3.5,
+    // 16-bit operations per multiprocessor, 10^12/s, at common clocks.
+    let mma_per_sm = match (major, minor) {
+        (9, _) => 4.0,
+        (8, 0) => 2.6,
+        (12, _) | (8, 9) => 1.1,
+        _ => 0.8,
     };
-    let promised = Gpu {
-        name: info.name.clone(),
+    here(shipped.unwrap_or_else(|| Gpu {
+        name: String::new(),
         compute_capability: (major as u32, minor as u32),
-        n_sms: info.n_sms,
-        vram_total: info.total_bytes as u64,
-        vram_free: info.free_bytes as u64,
+        n_sms: 0,
+        vram_total: 0,
+        vram_free: 0,
+        driver_bytes: 2 * DRIVER_SPARE,
         bandwidth_gb_per_s: if info.peak_bytes_per_s > 0.0 { 0.92 * info.peak_bytes_per_s / 1e9 } else { 300.0 },
-        matmul_tflops: 0.25 * int8_per_sm * info.n_sms as f64,
+        mma_tflops: mma_per_sm * info.n_sms as f64,
+        dense_tflops: None,
         pinned_gb_per_s: 12.5,
         pageable_gb_per_s: 5.0,
+        read_back_gb_per_s: 12.5,
+        transfer_us: 8.0,
+        launch_us: 7.0,
         kernel_us: 1.0,
         handoff_us: 8.0,
-    };
-    match shipped {
-        None => promised,
-        Some(card) => {
-            Gpu { n_sms: promised.n_sms, vram_total: promised.vram_total, vram_free: promised.vram_free, ..card }
-        }
-    }
+    }))
 }
 
 /// Total and available main memory in bytes, within the limits of this process's cgroup.
@@ -157,14 +241,30 @@ fn write_cache(path: &Path, measured: &Measured) {
     }
 }
 
-/// Read bandwidth with 1, 2, 4, ... and `max_threads` threads over `n_bytes` of memory.
-fn read_rates(max_threads: usize, n_bytes: usize) -> Vec<ReadRate> {
-    // Written once: untouched pages would all be the same page of zeros.
-    let words = vec![1u64; n_bytes / 8];
+/// Read bandwidth with 1, 2, 4, ... and `max_threads` threads over `words`.
+fn read_rates(max_threads: usize, words: &[u64]) -> Vec<ReadRate> {
     let mut counts: Vec<usize> =
         std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n < max_threads).collect();
     counts.push(max_threads);
-    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: read_rate(&words, threads) }).collect()
+    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: read_rate(words, threads) }).collect()
+}
+
+/// Best of some passes that copy one half of `words` to the other, each thread its part. GB/s copied.
+fn copy_rate(mut words: Vec<u64>, threads: usize) -> f64 {
+    let half = words.len() / 2;
+    let (from, to) = words.split_at_mut(half);
+    let part = half.div_ceil(threads).max(1);
+    let mut seconds = f64::INFINITY;
+    for _ in 0..READ_PASSES {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
+                scope.spawn(|| to.copy_from_slice(from));
+            }
+        });
+        seconds = seconds.min(start.elapsed().as_secs_f64());
+    }
+    8.0 * half as f64 / seconds / 1e9
 }
 
 /// Best of some passes over `words`, each thread reading its part. GB/s.

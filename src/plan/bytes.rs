@@ -1,25 +1,20 @@
-//! The account: every byte that a plan takes, by device and pool. Sizes of packed weights, states and scratch
-//! are the backends' to say; this is the one place that asks.
+//! The account: every byte that a plan takes, by device and pool. Sizes of packed weights, states, scratch and staging
+//! are the backends' to say, about the same shares of blocks that they load; this is the one place that asks.
 
-use super::{Device, Place, Share};
+use super::{Device, Limit, Place, Share};
 use serde::{Deserialize, Serialize};
-use tandem_cpu::{Isa, Matrix, StateSize};
-use tandem_spec::{Block, KvDtype, Linear, Model, Weight};
+use tandem_cpu::{Isa, StateSize};
+use tandem_spec::{Block, KvDtype, Model, StateBytes, Weight};
 
-/// Ranges of a device arena start at multiples of this.
-const CUDA_ALIGN: u64 = tandem_cuda::arena::ALIGN as u64;
-/// Parts of the CPU's state memory start at multiples of this.
-const CPU_ALIGN: u64 = 64;
-/// Captured graphs, module globals and the driver's own bookkeeping per replayed graph.
-const CUDA_GRAPH_BYTES: u64 = 64 << 20;
 /// Kept free on a GPU: other programs on the desktop come and go.
 const CUDA_RESERVE: u64 = 256 << 20;
 /// Kept free in main memory: the system, the tokenizer, this process.
 const HOST_RESERVE: u64 = 512 << 20;
-/// Pinned ring through which weights are uploaded: 8 buffers of 16 MiB.
-const UPLOAD_RING: u64 = 8 * (16 << 20);
 /// Most bytes of one staging buffer for streamed weights; layers that are larger are streamed in pieces.
 const STAGING_MAX: u64 = 256 << 20;
+/// Copies of states that a session keeps take at most this, and at most a part of main memory.
+const SNAPSHOTS_MAX: u64 = 512 << 20;
+const SNAPSHOTS_PART: u64 = 64;
 
 /// What bytes are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -31,34 +26,56 @@ pub enum Pool {
     Kv,
     /// Delta-net states, recurrent and convolution.
     States,
+    /// Copies of delta-net states, from which a session continues.
+    Snapshots,
     /// Activations and scratch of the largest batch.
     Scratch,
     /// Logits of the wanted rows.
     Logits,
-    /// Buffers for weights that are streamed to a GPU.
+    /// Buffers for weights on their way to a GPU.
     Staging,
     /// Pinned host memory: upload ring and hand-off buffers.
     Pinned,
-    /// Graphs and modules.
-    Graphs,
+    /// What the driver takes beside the context: modules, graphs, cuBLASLt.
+    Driver,
     /// Kept free.
     Reserve,
 }
 
 impl Pool {
+    /// All of them, in the order of tables.
+    pub const ALL: [Pool; 10] = [
+        Pool::Weights,
+        Pool::Kv,
+        Pool::States,
+        Pool::Snapshots,
+        Pool::Scratch,
+        Pool::Logits,
+        Pool::Staging,
+        Pool::Pinned,
+        Pool::Driver,
+        Pool::Reserve,
+    ];
+
     /// Name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Pool::Weights => "weights",
             Pool::Kv => "kv",
             Pool::States => "states",
+            Pool::Snapshots => "snapshots",
             Pool::Scratch => "scratch",
             Pool::Logits => "logits",
             Pool::Staging => "staging",
             Pool::Pinned => "pinned",
-            Pool::Graphs => "graphs",
+            Pool::Driver => "driver",
             Pool::Reserve => "reserve",
         }
+    }
+
+    /// Whether tandem allocates it, so that planned and allocated bytes must be equal.
+    pub fn is_ours(self) -> bool {
+        !matches!(self, Pool::Driver | Pool::Reserve)
     }
 }
 
@@ -85,6 +102,10 @@ pub(super) struct Sizes {
     pub n_slots: usize,
     pub n_batch: usize,
     pub kv_dtype: KvDtype,
+    /// Rows of logits that are wanted at a time.
+    pub n_logits: usize,
+    /// Copies of states that a session keeps.
+    pub n_snapshots: usize,
     /// CPU kernels and workers.
     pub isa: Isa,
     pub threads: usize,
@@ -92,168 +113,81 @@ pub(super) struct Sizes {
     pub stream: bool,
 }
 
-/// How a backend keeps a tensor.
-#[derive(Clone, Copy)]
-enum Kind {
-    /// So many matrices, each packed on its own by the CPU.
-    Matrices(usize),
-    /// Plain floats.
-    Vector,
-    /// Factors of a projection: the CPU keeps them beside it, outside its weights.
-    Scale,
+/// What the account needs to know of a GPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GpuSize {
+    pub n_sms: usize,
+    pub driver_bytes: u64,
 }
 
-/// Rows of one tensor that a device holds.
-struct Piece<'m> {
-    weight: &'m Weight,
-    n_rows: usize,
-    n_cols: usize,
-    kind: Kind,
-}
-
-fn align(bytes: u64, to: u64) -> u64 {
-    bytes.next_multiple_of(to)
-}
-
-/// Bytes of a piece in a device's layout.
-fn layout_bytes(device: Device, piece: &Piece, isa: Isa) -> u64 {
-    let &Piece { weight, n_rows, n_cols, kind } = piece;
-    match (device, kind) {
-        (Device::Cuda(_), _) => align(tandem_cuda::layout::bytes(n_rows, n_cols, weight.ty) as u64, CUDA_ALIGN),
-        (Device::Cpu, Kind::Matrices(n)) => n as u64 * Matrix::packed_bytes(n_rows / n, n_cols, weight.ty, isa) as u64,
-        (Device::Cpu, Kind::Vector) => 4 * (n_rows * n_cols) as u64,
-        (Device::Cpu, Kind::Scale) => 0,
+impl GpuSize {
+    /// By GPU index.
+    pub fn of(limits: &[Limit]) -> Vec<Self> {
+        let mut sizes = vec![Self::default(); limits.len()];
+        for limit in limits {
+            if let Device::Cuda(i) = limit.device
+                && let Some(size) = sizes.get_mut(i)
+            {
+                *size = Self { n_sms: limit.n_sms, driver_bytes: limit.driver_bytes };
+            }
+        }
+        sizes
     }
 }
 
-/// What `share` of `block` holds; `home`: whether it is the block's first share.
-fn pieces<'m>(block: &'m Block<Weight>, share: &Share, home: bool) -> Vec<Piece<'m>> {
-    let mut out = Vec::new();
-    let n = share.part.len();
-    let mut put = |weight: &'m Weight, n_rows: usize, n_cols: usize, kind: Kind| {
-        if n_rows > 0 && n_cols > 0 {
-            out.push(Piece { weight, n_rows, n_cols, kind });
+/// The model as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
+pub(super) fn shares(model: &Model, places: &[Place], device: Device) -> (Model, Vec<usize>) {
+    let mut model = model.clone();
+    let mut indices = Vec::new();
+    for (i, place) in places.iter().enumerate() {
+        if let Some(nth) = place.iter().position(|s| s.device == device) {
+            model.blocks[i] = model.blocks[i].share(place[nth].part.clone(), nth == 0);
+            indices.push(i);
         }
-    };
-    // What belongs to rows goes with them, what is added once stays at home.
-    match block {
-        Block::Ffn(b) => {
-            if home {
-                put(&b.ffn_norm, 1, b.ffn_norm.n_cols, Kind::Vector);
-            }
-            for linear in [&b.ffn_gate, &b.ffn_up] {
-                put(&linear.weight, n, linear.weight.n_cols, Kind::Matrices(1));
-                linear.scale.iter().for_each(|s| put(s, 1, s.n_cols, Kind::Scale));
-                linear.bias.iter().for_each(|bias| put(bias, 1, n, Kind::Vector));
-            }
-            put(&b.ffn_down.weight, b.ffn_down.weight.n_rows(), n, Kind::Matrices(1));
-            b.ffn_down.scale.iter().for_each(|s| put(s, 1, s.n_cols, Kind::Scale));
-            b.ffn_down.bias.iter().filter(|_| home).for_each(|bias| put(bias, 1, bias.n_cols, Kind::Vector));
-        }
-        Block::Moe(b) => {
-            if home {
-                put(&b.ffn_norm, 1, b.ffn_norm.n_cols, Kind::Vector);
-                put(&b.ffn_gate_inp, b.ffn_gate_inp.n_rows(), b.ffn_gate_inp.n_cols, Kind::Matrices(1));
-                if let Some(shared) = &b.shared {
-                    shared.ffn_gate_inp_shexp.iter().for_each(|w| put(w, 1, w.n_cols, Kind::Matrices(1)));
-                    for linear in [&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp] {
-                        linear_pieces(linear, &mut put);
-                    }
-                }
-            }
-            for linear in [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps] {
-                let rows = linear.weight.n_rows() / b.shape.n_experts * n;
-                put(&linear.weight, rows, linear.weight.n_cols, Kind::Matrices(n));
-                linear.scale.iter().for_each(|s| put(s, 1, n, Kind::Scale));
-                linear.bias.iter().for_each(|bias| put(bias, 1, bias.n_cols / b.shape.n_experts * n, Kind::Vector));
-            }
-        }
-        Block::Attention(b) => {
-            let vectors = [Some(&b.attn_norm), b.attn_q_norm.as_ref(), b.attn_k_norm.as_ref()];
-            vectors.into_iter().flatten().for_each(|w| put(w, 1, w.n_cols, Kind::Vector));
-            b.rope_freqs.iter().for_each(|w| put(w, 1, w.n_cols, Kind::Scale));
-            for linear in [&b.attn_q, &b.attn_k, &b.attn_v, &b.attn_output] {
-                linear_pieces(linear, &mut put);
-            }
-        }
-        Block::DeltaNet(b) => {
-            for w in [&b.attn_norm, &b.ssm_conv1d, &b.ssm_dt, &b.ssm_a, &b.ssm_norm] {
-                put(w, w.n_rows(), w.n_cols, Kind::Vector);
-            }
-            for linear in [&b.attn_qkv, &b.attn_gate, &b.ssm_beta, &b.ssm_alpha, &b.ssm_out] {
-                linear_pieces(linear, &mut put);
-            }
-        }
-        Block::Head(b) => {
-            put(&b.output_norm, 1, b.output_norm.n_cols, Kind::Vector);
-            linear_pieces(&b.output, &mut put);
-        }
-        Block::Embed(b) => put(&b.token_embd, b.token_embd.n_rows(), b.token_embd.n_cols, Kind::Matrices(1)),
     }
-    out
+    (model, indices)
 }
 
-fn linear_pieces<'m>(linear: &'m Linear<Weight>, put: &mut impl FnMut(&'m Weight, usize, usize, Kind)) {
-    put(&linear.weight, linear.weight.n_rows(), linear.weight.n_cols, Kind::Matrices(1));
-    linear.scale.iter().for_each(|s| put(s, 1, s.n_cols, Kind::Scale));
-    linear.bias.iter().for_each(|b| put(b, 1, b.n_cols, Kind::Vector));
-}
-
-/// Bytes of a backend's state for `blocks`: keys and values, delta-net states, scratch and (on a GPU) logits.
-/// Saturates where a number overflows.
-fn state_bytes(model: &Model, device: Device, n_sms: usize, blocks: &[usize], sizes: &Sizes) -> u64 {
+/// Bytes of a backend's state for `blocks` of `model`. Saturates where a number overflows.
+fn state_bytes(model: &Model, device: Device, n_sms: usize, blocks: &[usize], sizes: &Sizes) -> StateBytes {
     let &Sizes { n_ctx, n_slots, n_batch, kv_dtype, threads, .. } = sizes;
     match device {
         Device::Cpu => {
             let size = StateSize { n_slots, n_ctx, n_batch, kv_dtype };
-            let backend = tandem_cpu::Backend::planned_state_bytes(model, blocks, size, threads);
-            // The engine's residual stream lies beside it.
-            backend.map_or(u64::MAX / 4, |bytes| bytes + 4 * (n_batch * model.n_embd) as u64)
+            let planned = tandem_cpu::Backend::planned_state_bytes(model, blocks, size, threads);
+            planned.unwrap_or(StateBytes { scratch: u64::MAX / 4, ..StateBytes::default() })
         }
         Device::Cuda(_) => {
             let options = tandem_cuda::Options { n_slots, n_ctx, n_batch, kv: kv_dtype };
             let blocks: Vec<Block<Weight>> = blocks.iter().map(|&i| model.blocks[i].clone()).collect();
-            tandem_cuda::StateLayout::new(&blocks, &options, n_sms).bytes() as u64
+            tandem_cuda::StateLayout::new(&blocks, &options, n_sms).by_use()
         }
     }
 }
 
-/// Keys and values, states and logits of one block: what [`state_bytes`] holds beside scratch.
-fn own_state(block: &Block<Weight>, device: Device, sizes: &Sizes) -> Option<(Pool, u64)> {
-    let slots = sizes.n_slots as u64;
-    match (block, device) {
-        (Block::Attention(b), _) => {
-            let half = b.shape.kv_bytes_per_token(sizes.kv_dtype) as u64 / 2 * sizes.n_ctx as u64 * slots;
-            let to = if device == Device::Cpu { CPU_ALIGN } else { CUDA_ALIGN };
-            Some((Pool::Kv, 2 * align(half, to)))
-        }
-        (Block::DeltaNet(b), Device::Cpu) => {
-            let part = |n: usize| align(4 * n as u64, CPU_ALIGN);
-            Some((Pool::States, slots * (part(b.shape.recurrent_len()) + part(b.shape.conv_len()))))
-        }
-        (Block::DeltaNet(b), Device::Cuda(_)) => {
-            let part = |n: usize| align(4 * n as u64 * slots, CUDA_ALIGN);
-            let ring = tandem_cuda::layout::ring_len(&b.shape);
-            Some((Pool::States, part(b.shape.recurrent_len()) + part(ring)))
-        }
-        (Block::Head(b), Device::Cpu) => Some((Pool::Logits, 4 * b.shape.n_vocab as u64 * slots)),
-        (Block::Head(b), Device::Cuda(_)) => {
-            let rows = tandem_cuda::ops::LOGIT_ROWS.max(sizes.n_slots) as u64;
-            Some((Pool::Logits, align(4 * b.shape.n_vocab as u64 * rows, CUDA_ALIGN)))
-        }
-        _ => None,
-    }
-}
-
-/// Scratch of the largest batch on a device that runs `blocks` (or parts of them): the backend's state without
-/// what belongs to single blocks.
+/// Scratch of the largest batch on a device that runs `blocks`.
 pub(super) fn scratch(model: &Model, device: Device, n_sms: usize, blocks: &[usize], sizes: &Sizes) -> u64 {
-    let own = |&i: &usize| match own_state(&model.blocks[i], device, sizes) {
-        Some((Pool::Logits, _)) if device == Device::Cpu => 0, // the engine's, not the backend's
-        Some((_, bytes)) => bytes,
-        None => 0,
-    };
-    state_bytes(model, device, n_sms, blocks, sizes) - blocks.iter().map(own).sum::<u64>()
+    state_bytes(model, device, n_sms, blocks, sizes).scratch
+}
+
+/// Copies of states that a session keeps, where main memory has `ram` bytes.
+pub(super) fn n_snapshots(model: &Model, ram: u64, sizes: &Sizes) -> usize {
+    let one = snapshot_bytes(model, Device::Cpu, sizes);
+    (SNAPSHOTS_MAX.min(ram / SNAPSHOTS_PART)).checked_div(one).unwrap_or(0) as usize
+}
+
+/// Bytes of a copy of the delta-net states of one slot of the blocks of `model` on `device`.
+fn snapshot_bytes(model: &Model, device: Device, sizes: &Sizes) -> u64 {
+    let one = Sizes { n_slots: 1, n_ctx: 1, n_batch: 1, ..*sizes };
+    let blocks: Vec<usize> =
+        (0..model.blocks.len()).filter(|&i| matches!(model.blocks[i], Block::DeltaNet(_))).collect();
+    state_bytes(model, device, 1, &blocks, &one).states
+}
+
+/// Bytes of all copies of states wherever the blocks lie: an upper bound.
+pub(super) fn most_snapshot_bytes(model: &Model, has_gpu: bool, sizes: &Sizes) -> u64 {
+    let on = |device| snapshot_bytes(model, device, sizes);
+    sizes.n_snapshots as u64 * if has_gpu { on(Device::Cpu).max(on(Device::Cuda(0))) } else { on(Device::Cpu) }
 }
 
 /// Whether the embedding and the head are one file tensor.
@@ -267,49 +201,76 @@ pub(super) fn is_tied(model: &Model) -> bool {
     model.blocks.len() > 1 && first.is_some() && first == last
 }
 
-/// Entries of one share of block `index`: weights, keys and values, states.
+/// Entries of one share of block `index`: weights, keys and values, states, and on a GPU logits.
 pub(super) fn share_entries(model: &Model, index: usize, share: &Share, home: bool, sizes: &Sizes) -> Vec<Entry> {
-    let block = &model.blocks[index];
     let device = share.device;
     let entry = |pool, name: &str, bytes| Entry { device, pool, name: name.into(), block: Some(index), bytes };
-    let mut entries: Vec<Entry> = pieces(block, share, home)
-        .iter()
-        .map(|p| entry(Pool::Weights, &p.weight.name, layout_bytes(device, p, sizes.isa)))
-        .collect();
-    if let (Block::Attention(b), Device::Cuda(_)) = (block, device) {
-        entries.push(entry(
-            Pool::Weights,
-            "rotary frequencies",
-            align(8 * (b.shape.rope.n_rot / 2) as u64, CUDA_ALIGN),
-        ));
-    }
-    entries.extend(own_state(block, device, sizes).map(|(pool, bytes)| entry(pool, &block.name(), bytes)));
-    entries
-}
-
-/// Entries of a device beside its blocks; `scratch` is 0 where it runs none, `n_gpus` the number of GPUs in use.
-pub(super) fn device_entries(model: &Model, device: Device, scratch: u64, n_gpus: usize, sizes: &Sizes) -> Vec<Entry> {
-    let entry = |pool, name: &str, bytes| Entry { device, pool, name: name.into(), block: None, bytes };
-    let staging = if sizes.stream { staging_bytes(model, sizes) } else { 0 };
-    let mut entries = vec![entry(Pool::Scratch, "activations of the largest batch", scratch)];
+    let block = &model.blocks[index];
+    let mut entries = Vec::new();
+    let part = block.share(share.part.clone(), home);
     match device {
-        Device::Cuda(_) => {
-            entries.push(entry(Pool::Staging, "two buffers for streamed weights", 2 * staging));
-            entries.push(entry(Pool::Graphs, "graphs", CUDA_GRAPH_BYTES));
-            entries.push(entry(Pool::Reserve, "kept free", CUDA_RESERVE));
-        }
-        Device::Cpu => {
-            if n_gpus > 0 {
-                entries.push(entry(Pool::Pinned, "upload ring", UPLOAD_RING));
-                let handoff = 2 * 4 * (sizes.n_batch * model.n_embd) as u64;
-                entries.push(entry(Pool::Pinned, "hand-off of activations", align(handoff, CUDA_ALIGN)));
-                entries.push(entry(Pool::Staging, "two pinned buffers for streamed weights", 2 * staging));
-            }
-            entries.push(entry(Pool::Reserve, "kept free", HOST_RESERVE));
-        }
+        Device::Cpu => tandem_cpu::for_each_weight(&part, sizes.isa, &mut |w, bytes| {
+            entries.push(entry(Pool::Weights, &w.name, bytes));
+        }),
+        Device::Cuda(_) => tandem_cuda::for_each_weight(&part, &mut |name, bytes| {
+            entries.push(entry(Pool::Weights, name, bytes));
+        }),
+    }
+    if matches!(block, Block::Attention(_) | Block::DeltaNet(_) | Block::Head(_)) {
+        // The scratch of a block on its own is not counted here, so neither are the multiprocessors that it depends on.
+        let StateBytes { kv, states, logits, .. } = state_bytes(model, device, 1, &[index], sizes);
+        let own = [(Pool::Kv, kv), (Pool::States, states), (Pool::Logits, logits)];
+        entries.extend(own.into_iter().map(|(pool, bytes)| entry(pool, &block.name(), bytes)));
     }
     entries.retain(|e| e.bytes > 0);
     entries
+}
+
+/// Entries of the host beside its blocks: `scratch` is 0 where it runs none, `n_gpus` the number of GPUs in use.
+pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &Sizes) -> Vec<Entry> {
+    let floats = |n: usize| 4 * n as u64;
+    let residual = floats(sizes.n_batch * model.n_embd);
+    let mut rows = vec![
+        (Pool::Scratch, "activations of the largest batch", scratch),
+        (Pool::Scratch, "residual stream between devices", residual),
+        (Pool::Logits, "logits", floats(sizes.n_logits * model.n_vocab)),
+        (Pool::Reserve, "kept free", HOST_RESERVE),
+    ];
+    if n_gpus > 0 {
+        let staging = if sizes.stream { staging_bytes(model, sizes) } else { 0 };
+        rows.push((Pool::Pinned, "upload ring", tandem_cuda::upload::STAGING_BYTES as u64));
+        rows.push((Pool::Pinned, "tokens", n_gpus as u64 * floats(sizes.n_slots)));
+        rows.push((Pool::Staging, "two pinned buffers for streamed weights", 2 * staging));
+    }
+    entries(Device::Cpu, rows)
+}
+
+/// Entries of a GPU beside its blocks. `state` is everything that its states take, allocated after loading.
+pub(super) fn gpu_entries(
+    model: &Model,
+    device: Device,
+    gpu: GpuSize,
+    scratch: u64,
+    state: u64,
+    sizes: &Sizes,
+) -> Vec<Entry> {
+    let staging = if sizes.stream { staging_bytes(model, sizes) } else { 0 };
+    let upload = (tandem_cuda::upload::STAGING_BYTES as u64).saturating_sub(state);
+    entries(
+        device,
+        vec![
+            (Pool::Scratch, "activations of the largest batch", scratch),
+            (Pool::Staging, "two buffers for streamed weights", 2 * staging),
+            (Pool::Staging, "upload buffers, beyond what states take later", upload),
+            (Pool::Driver, "modules, graphs, cuBLASLt", gpu.driver_bytes),
+            (Pool::Reserve, "kept free", CUDA_RESERVE),
+        ],
+    )
+}
+
+fn entries(device: Device, rows: Vec<(Pool, &str, u64)>) -> Vec<Entry> {
+    let entry = |(pool, name, bytes): (Pool, &str, u64)| Entry { device, pool, name: name.into(), block: None, bytes };
+    rows.into_iter().filter(|row| row.2 > 0).map(entry).collect()
 }
 
 /// Bytes of one staging buffer: the largest feed-forward block, or [`STAGING_MAX`].
@@ -324,20 +285,25 @@ fn staging_bytes(model: &Model, sizes: &Sizes) -> u64 {
     model.blocks.iter().enumerate().map(bytes).max().unwrap_or(0).min(STAGING_MAX)
 }
 
-/// The account of a placement; `n_sms` is the number of multiprocessors by GPU.
-pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, n_sms: &[usize]) -> Vec<Entry> {
-    let blocks_on = |device: Device| -> Vec<usize> {
-        (0..places.len()).filter(|&i| places[i].iter().any(|s| s.device == device)).collect()
-    };
-    let mut gpus: Vec<Device> = places.iter().flatten().map(|s| s.device).filter(|d| *d != Device::Cpu).collect();
-    gpus.sort();
-    gpus.dedup();
+/// The account of a placement; `gpus` by GPU index.
+pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[GpuSize]) -> Vec<Entry> {
+    let mut used: Vec<Device> = places.iter().flatten().map(|s| s.device).filter(|d| *d != Device::Cpu).collect();
+    used.sort();
+    used.dedup();
     let mut entries = Vec::new();
-    for device in std::iter::once(Device::Cpu).chain(gpus.iter().copied()) {
-        let blocks = blocks_on(device);
-        let n_sms = if let Device::Cuda(i) = device { n_sms.get(i).copied().unwrap_or(0) } else { 0 };
-        let scratch = if blocks.is_empty() { 0 } else { scratch(model, device, n_sms, &blocks, sizes) };
-        entries.extend(device_entries(model, device, scratch, gpus.len(), sizes));
+    for device in std::iter::once(Device::Cpu).chain(used.iter().copied()) {
+        let (shares, blocks) = shares(model, places, device);
+        let gpu =
+            if let Device::Cuda(i) = device { gpus.get(i).copied().unwrap_or_default() } else { GpuSize::default() };
+        let state = if blocks.is_empty() {
+            StateBytes::default()
+        } else {
+            state_bytes(&shares, device, gpu.n_sms, &blocks, sizes)
+        };
+        entries.extend(match device {
+            Device::Cpu => host_entries(model, state.scratch, used.len(), sizes),
+            Device::Cuda(_) => gpu_entries(model, device, gpu, state.scratch, state.total(), sizes),
+        });
     }
     let tied = is_tied(model);
     for (i, place) in places.iter().enumerate() {
@@ -347,6 +313,16 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, n_sms: &[u
                 rows.iter_mut().for_each(|e| e.bytes = 0); // the head's copy serves the embedding
             }
             entries.extend(rows);
+        }
+    }
+    // Copies of states lie in main memory, those of blocks on a GPU too.
+    for device in std::iter::once(Device::Cpu).chain(used) {
+        let (mut shares, blocks) = shares(model, places, device);
+        shares.blocks = blocks.iter().map(|&i| shares.blocks[i].clone()).collect();
+        let bytes = sizes.n_snapshots as u64 * snapshot_bytes(&shares, device, sizes);
+        if bytes > 0 {
+            let name = format!("{} copies of the states on {device}", sizes.n_snapshots);
+            entries.push(Entry { device: Device::Cpu, pool: Pool::Snapshots, name, block: None, bytes });
         }
     }
     entries

@@ -12,7 +12,7 @@
 
 use super::bytes::{self, Sizes};
 use super::time::{self, Rates};
-use super::{Alternative, Device, FFN_UNIT, Place, Refusal, Share, Wishes, Workload, n_parts};
+use super::{Alternative, Device, FFN_UNIT, Place, Plan, Refusal, Share, Wishes, Workload, n_parts};
 use crate::machine::Machine;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 
@@ -60,14 +60,23 @@ pub(super) fn place(block: &Block<Weight>, level: Level, gpu: Device) -> Place {
 struct Cell {
     gpu_bytes: u64,
     cpu_bytes: u64,
-    /// Seconds of one token on the GPU and on the CPU.
+    /// Seconds of one token on the GPU and on the CPU; the latter begins `lead` seconds later.
     decode: [f64; 2],
+    lead: f64,
     /// Seconds of one prompt batch.
     prompt: [f64; 2],
     /// One prompt batch wholly on the GPU, and the bytes that must be streamed for that; infinite where the
     /// CPU's part cannot be streamed.
     streamed: f64,
     stream_bytes: f64,
+}
+
+impl Cell {
+    /// Seconds of one token.
+    fn decode_seconds(&self) -> f64 {
+        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] } else { 0.0 };
+        self.decode[0].max(cpu)
+    }
 }
 
 /// A placement with its times and bytes.
@@ -156,9 +165,12 @@ impl<'a> Problem<'a> {
         let limit = |i: usize| wishes.vram.get(i).copied().unwrap_or(u64::MAX);
         let vram: Vec<u64> = facts.gpus.iter().enumerate().map(|(i, g)| g.vram_free.min(limit(i))).collect();
         let mut order: Vec<usize> = (0..n_gpus).filter(|&i| vram[i] > 0).collect();
-        order.sort_by(|&a, &b| {
-            facts.gpus[b].bandwidth_gb_per_s.total_cmp(&facts.gpus[a].bandwidth_gb_per_s).then(a.cmp(&b))
-        });
+        // Cards of one kind are one speed, whatever the measurements of each say.
+        let speed = |i: usize| {
+            let same = facts.gpus.iter().filter(|g| g.name == facts.gpus[i].name);
+            same.map(|g| g.bandwidth_gb_per_s).fold(0.0, f64::max)
+        };
+        order.sort_by(|&a, &b| speed(b).total_cmp(&speed(a)).then(a.cmp(&b)));
         let mut problem = Self {
             model,
             facts,
@@ -248,6 +260,8 @@ impl<'a> Problem<'a> {
             n_slots: self.wishes.n_slots.max(1),
             n_batch: 0,
             kv_dtype: self.wishes.kv_dtype.unwrap_or(default_kv),
+            n_logits: self.wishes.n_slots.max(1),
+            n_snapshots: 0,
             isa: self.facts.host.isa,
             threads: self.threads,
             stream: false,
@@ -273,7 +287,8 @@ impl<'a> Problem<'a> {
 
     /// Batch sizes, with and without streaming.
     fn candidate_sizes(&self) -> Vec<Sizes> {
-        let sizes = self.sizes();
+        let mut sizes = self.sizes();
+        sizes.n_snapshots = bytes::n_snapshots(self.model, self.ram, &sizes);
         let mut batches: Vec<usize> = match self.wishes.n_batch {
             Some(n) => vec![n],
             None if self.order.is_empty() => vec![BATCHES[0]],
@@ -282,7 +297,10 @@ impl<'a> Problem<'a> {
         batches.iter_mut().for_each(|n| *n = (*n).min(sizes.n_ctx));
         batches.dedup();
         let streams: &[bool] = if self.order.is_empty() { &[false] } else { &[false, true] };
-        let with = |n_batch: usize| streams.iter().map(move |&stream| Sizes { n_batch, stream, ..sizes });
+        let with = |n_batch: usize| {
+            let n_logits = if self.wishes.all_logits { n_batch } else { sizes.n_logits };
+            streams.iter().map(move |&stream| Sizes { n_batch, n_logits, stream, ..sizes })
+        };
         batches.into_iter().flat_map(with).collect()
     }
 
@@ -332,17 +350,18 @@ impl<'a> Tables<'a> {
         let (model, workload) = (problem.model, problem.wishes.workload);
         let n_batches = workload.prompt.div_ceil(sizes.n_batch);
         let batch_tokens = workload.prompt.div_ceil(n_batches.max(1)).max(1);
-        let base = |device, scratch, n| -> u64 {
-            bytes::device_entries(model, device, scratch, n, &sizes).iter().map(|e| e.bytes).sum()
-        };
+        let sum = |entries: Vec<bytes::Entry>| entries.iter().map(|e| e.bytes).sum::<u64>();
         // Scratch as if every block ran there: an upper bound that does not depend on the placement.
         let all: Vec<usize> = (0..model.blocks.len()).collect();
         let gpu_base = problem.facts.gpus.iter().map(|gpu| {
+            let size = bytes::GpuSize { n_sms: gpu.n_sms, driver_bytes: gpu.driver_bytes };
             let scratch = bytes::scratch(model, Device::Cuda(0), gpu.n_sms, &all, &sizes);
-            base(Device::Cuda(0), scratch, 1)
+            sum(bytes::gpu_entries(model, Device::Cuda(0), size, scratch, scratch, &sizes))
         });
         let gpu_base = gpu_base.collect();
-        let host_base: Vec<u64> = (0..=problem.order.len()).map(|n| base(Device::Cpu, 0, n)).collect();
+        let host_base =
+            |n| sum(bytes::host_entries(model, 0, n, &sizes)) + bytes::most_snapshot_bytes(model, n > 0, &sizes);
+        let host_base: Vec<u64> = (0..=problem.order.len()).map(host_base).collect();
         type Class = Vec<(TensorType, usize, usize)>; // type, rows and columns of every weight
         let mut classes: Vec<(Class, usize)> = Vec::new();
         let column_of = (0..model.blocks.len())
@@ -413,6 +432,10 @@ impl<'a> Tables<'a> {
                         }
                     };
                     (cell.decode[side], cell.prompt[side]) = seconds(&rates, share.part.len(), nth == 0);
+                    if nth == 0 {
+                        let work = time::work(block, share.part.len(), true, 1, past, &self.sizes);
+                        cell.lead = rates.leading_seconds(&work);
+                    }
                 }
                 cell
             })
@@ -423,7 +446,7 @@ impl<'a> Tables<'a> {
     fn block_seconds(&self, i: usize, level: Level) -> f64 {
         let cell = self.cell(0, i, level);
         let prompt = cell.prompt[0].max(cell.prompt[1]);
-        self.problem.wishes.workload.generate as f64 * cell.decode[0].max(cell.decode[1]) + self.n_batches * prompt
+        self.problem.wishes.workload.generate as f64 * cell.decode_seconds() + self.n_batches * prompt
     }
 
     /// The orders in which blocks move to the GPU; a move is (block, level reached).
@@ -684,7 +707,7 @@ impl<'a> Tables<'a> {
         let position = |gpu: usize| problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
         let cell = self.cell(home.map_or(0, position), i, level);
         let computed = cell.prompt[0].max(cell.prompt[1]);
-        let mut span = Span { decode: cell.decode[0].max(cell.decode[1]), in_place: computed, ..Span::default() };
+        let mut span = Span { decode: cell.decode_seconds(), in_place: computed, ..Span::default() };
         let is_split = level > 0 && level < max_level(&problem.model.blocks[i]);
         let crossing = i > 0 && home != from;
         if let Some(gpu) = home.or(from).map(|g| &facts.gpus[g]).filter(|_| is_split || crossing) {
@@ -760,6 +783,35 @@ impl Runs {
         let prompt = if tables.sizes.stream { span.streamed() } else { span.in_place };
         tables.problem.wishes.workload.generate as f64 * span.decode + tables.n_batches * prompt
     }
+}
+
+/// Predicted seconds of one token after `workload.prompt` others, and of that prompt, of a plan that was made for another
+/// workload; `None` where `facts` lack a GPU of it.
+pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Workload) -> Option<(f64, f64)> {
+    let wishes = Wishes { threads: Some(plan.threads), workload, ..Wishes::default() };
+    let problem = Problem::new(model, facts, &wishes).ok()?;
+    let (mut levels, mut gpus) = (Vec::new(), Vec::new());
+    for (block, place) in model.blocks.iter().zip(&plan.places) {
+        let Device::Cuda(gpu) = place[0].device else {
+            levels.push(0);
+            gpus.push(0);
+            continue;
+        };
+        if !problem.order.contains(&gpu) {
+            return None;
+        }
+        levels.push(match block {
+            Block::Ffn(_) => place[0].part.len().div_ceil(FFN_UNIT),
+            Block::Moe(_) => 1 + place[0].part.len(),
+            _ => 1,
+        });
+        gpus.push(gpu);
+    }
+    let any_gpu = levels.iter().any(|level| *level > 0);
+    let tables = Tables::new(&problem, plan.sizes());
+    let times = tables.timed(&levels, &gpus, any_gpu);
+    let prompt = if tables.sizes.stream { times.in_place.min(times.streamed) } else { times.in_place };
+    Some((times.decode, tables.n_batches * prompt))
 }
 
 /// The smallest prompt batch for which streaming the host's weights is faster than computing in place. `outcome`

@@ -83,6 +83,10 @@ pub struct Plan {
     pub n_batch: usize,
     /// How keys and values are stored.
     pub kv_dtype: KvDtype,
+    /// Rows of logits that are wanted at a time.
+    pub n_logits: usize,
+    /// Copies of delta-net states that a session keeps.
+    pub n_snapshots: usize,
     /// Instruction set of the CPU kernels, which decides how weights are packed.
     #[serde(with = "crate::machine::isa_name")]
     pub isa: Isa,
@@ -112,6 +116,8 @@ pub struct Limit {
     pub bytes: u64,
     /// Multiprocessors of a GPU: scratch depends on them.
     pub n_sms: usize,
+    /// Bytes that a GPU's driver takes beside the context.
+    pub driver_bytes: u64,
 }
 
 /// The fastest plan for `wishes.workload` on the machine of `facts`.
@@ -143,6 +149,19 @@ impl Plan {
         self.places[block].iter().find(|s| s.device == device).map(|s| s.part.clone())
     }
 
+    /// `model` as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
+    pub fn shares(&self, model: &Model, device: Device) -> (Model, Vec<usize>) {
+        bytes::shares(model, &self.places, device)
+    }
+
+    /// Predicted tokens per second on the machine of `facts`: generated after `depth` tokens, and of a prompt of so many.
+    /// `None` where the machine lacks a GPU of the plan.
+    pub fn rates_at(&self, model: &Model, facts: &Machine, depth: usize) -> Option<(f64, f64)> {
+        let workload = Workload { prompt: depth, generate: 0 };
+        let (token_s, prompt_s) = choose::retimed(self, model, facts, workload)?;
+        Some((1.0 / token_s, depth as f64 / prompt_s))
+    }
+
     /// Devices that the plan uses, the CPU first.
     pub fn devices(&self) -> Vec<Device> {
         let mut devices: Vec<Device> = self.places.iter().flatten().map(|s| s.device).collect();
@@ -162,6 +181,8 @@ impl Plan {
             n_slots: self.n_slots,
             n_batch: self.n_batch,
             kv_dtype: self.kv_dtype,
+            n_logits: self.n_logits,
+            n_snapshots: self.n_snapshots,
             isa: self.isa,
             threads: self.threads,
             stream: self.stream_from.is_some(),
@@ -179,8 +200,8 @@ impl Plan {
                 "the plan places {found} blocks, the model has {expected}: it is a plan of another model"
             ));
         }
-        if [self.n_ctx, self.n_slots, self.n_batch, self.threads].contains(&0) {
-            return Err("context, slots, batch and threads of a plan must be at least 1".into());
+        if [self.n_ctx, self.n_slots, self.n_batch, self.n_logits, self.threads].contains(&0) {
+            return Err("context, slots, batch, logits and threads of a plan must be at least 1".into());
         }
         for (block, place) in model.blocks.iter().zip(&self.places) {
             let n = n_parts(block);
@@ -208,15 +229,7 @@ impl Plan {
             }
         }
         let sizes = self.sizes();
-        let mut n_sms = vec![0; self.limits.len()];
-        for limit in &self.limits {
-            if let Device::Cuda(i) = limit.device
-                && let Some(n) = n_sms.get_mut(i)
-            {
-                *n = limit.n_sms;
-            }
-        }
-        if bytes::account(model, &self.places, &sizes, &n_sms) != self.account {
+        if bytes::account(model, &self.places, &sizes, &bytes::GpuSize::of(&self.limits)) != self.account {
             return Err("the bytes of the plan are not those of this model: make the plan again".into());
         }
         Ok(())
@@ -358,6 +371,8 @@ pub struct Wishes {
     pub n_batch: Option<usize>,
     /// How keys and values are stored.
     pub kv_dtype: Option<KvDtype>,
+    /// Whether the logits of all tokens of a batch are wanted, not only those of the last one of each slot.
+    pub all_logits: bool,
     /// CPU worker threads.
     pub threads: Option<usize>,
     /// The run to plan for.
@@ -378,6 +393,7 @@ impl Default for Wishes {
             n_slots: 1,
             n_batch: None,
             kv_dtype: None,
+            all_logits: false,
             threads: None,
             workload: Workload::default(),
             place: Vec::new(),

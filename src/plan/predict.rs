@@ -80,17 +80,19 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
     let places: Vec<Place> = (0..blocks.len())
         .map(|i| choose::place(&blocks[i], outcome.levels[i], Device::Cuda(outcome.gpus[i])))
         .collect();
-    let n_sms: Vec<usize> = facts.gpus.iter().map(|g| g.n_sms).collect();
-    let account = bytes::account(model, &places, &outcome.sizes, &n_sms);
-    let mut limits = vec![Limit { device: Device::Cpu, name: facts.host.cpu.clone(), bytes: problem.ram, n_sms: 0 }];
+    let host =
+        Limit { device: Device::Cpu, name: facts.host.cpu.clone(), bytes: problem.ram, n_sms: 0, driver_bytes: 0 };
+    let mut limits = vec![host];
     for (i, gpu) in facts.gpus.iter().enumerate() {
         limits.push(Limit {
             device: Device::Cuda(i),
             name: gpu.name.clone(),
             bytes: problem.vram[i],
             n_sms: gpu.n_sms,
+            driver_bytes: gpu.driver_bytes,
         });
     }
+    let account = bytes::account(model, &places, &outcome.sizes, &bytes::GpuSize::of(&limits));
     for limit in &limits {
         let needed = bytes::total(&account, limit.device, None);
         let is_used = limit.device == Device::Cpu || needed > 0;
@@ -105,6 +107,8 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
         n_slots: sizes.n_slots,
         n_batch: sizes.n_batch,
         kv_dtype: sizes.kv_dtype,
+        n_logits: sizes.n_logits,
+        n_snapshots: sizes.n_snapshots,
         isa: facts.host.isa,
         threads: problem.threads,
         stream_from: sizes.stream.then(|| choose::break_even(problem, outcome)),
@@ -132,13 +136,16 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         });
         let group = &mut groups[at];
         group.n_blocks += 1;
-        let mut slowest = 0.0f64;
+        let (mut slowest, mut lead) = (0.0f64, 0.0);
         for (nth, share) in place.iter().enumerate() {
             let work = |n, past| time::work(block, share.part.len(), nth == 0, n, past, &outcome.sizes);
             let (decode, batch) = (work(1, past), work(prompt, workload.prompt.saturating_sub(prompt) / 2));
             let rates = rates(share.device);
             let ms = 1e3 * rates.seconds(&decode);
-            slowest = slowest.max(ms);
+            slowest = slowest.max(lead + ms);
+            if nth == 0 {
+                lead = 1e3 * rates.leading_seconds(&decode);
+            }
             let device = match group.devices.iter().position(|d| d.device == share.device) {
                 Some(at) => &mut group.devices[at],
                 None => {

@@ -6,18 +6,6 @@ use crate::machine::Machine;
 use std::fmt::Write;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 
-const POOLS: [Pool; 9] = [
-    Pool::Weights,
-    Pool::Kv,
-    Pool::States,
-    Pool::Scratch,
-    Pool::Logits,
-    Pool::Staging,
-    Pool::Pinned,
-    Pool::Graphs,
-    Pool::Reserve,
-];
-
 /// Bytes for people: `11.4 GiB`, `512.0 MiB`.
 pub(super) fn size(bytes: u64) -> String {
     let b = bytes as f64;
@@ -154,7 +142,7 @@ pub fn text(plan: &Plan, model: &Model) -> String {
             let _ = writeln!(line);
         }
     };
-    for pool in POOLS {
+    for pool in Pool::ALL {
         row(line, pool.name(), &|d| plan.bytes(d, Some(pool)));
     }
     let limit = |d: Device| plan.limits.iter().find(|l| l.device == d).map_or(0, |l| l.bytes);
@@ -337,7 +325,8 @@ fn colour(name: &str) -> &'static str {
         "logits" => "#9fd0ca",
         "staging" => "#d9b13b",
         "pinned" => "#ecd48a",
-        "graphs" => "#8b95a1",
+        "driver" => "#8b95a1",
+        "snapshots" => "#d3bfe8",
         "hand-offs" => "#d14b5a",
         "launch, sampling" => "#8b95a1",
         _ => "#b9c1ca",
@@ -397,7 +386,7 @@ pub fn html(plan: &Plan, model: &Model) -> String {
             };
             put(kind, plan.account.iter().filter(of_kind).map(|e| e.bytes).sum());
         }
-        for pool in &POOLS[1..] {
+        for pool in &Pool::ALL[1..] {
             put(pool.name(), plan.bytes(device, Some(*pool)));
         }
         bar(&mut out, &parts, limit.bytes as f64);

@@ -1,7 +1,12 @@
-//! Predicted time. A block on a device takes the time of the bytes it reads (weights, states, keys and values)
-//! or of its arithmetic, whichever is longer, and a cost per kernel or barrier. Shares of a block run at the
+//! Predicted time. On the CPU a block takes the time of the bytes it reads (weights, states, keys and values) or of its
+//! arithmetic, whichever is longer, and a cost per barrier. On a GPU a token takes, kernel after kernel, its bytes at the
+//! measured bandwidth and what no bandwidth shortens: the start of a kernel, the tail of its last blocks, chains of
+//! dependent loads; a prompt takes its products at the measured rate of the tensor cores. Shares of a block run at the
 //! same time, blocks one after the other:
 //! `T = T_fixed + sum over blocks of max over devices + hand-offs`.
+//!
+//! Rates are facts of the machine. The constants here are facts of our kernels, measured on an H200 (`cargo bench -p
+//! tandem-cuda --bench decode` and `prompt`: time of each kind of block of five models); none belongs to a model.
 
 use super::bytes::Sizes;
 use super::{Device, Plan, Share};
@@ -9,19 +14,56 @@ use crate::machine::{Gpu, Host, KernelRate, Machine};
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
-/// Share of [`Gpu::bandwidth_gb_per_s`] that matrix-vector kernels reach on quantised weights.
-const GPU_GEMV_SHARE: f64 = 0.85;
 /// Share of the host's read bandwidth that matrix-vector kernels reach where memory bounds them.
 const CPU_GEMV_SHARE: f64 = 0.92;
 /// One stage of a block on the CPU: barrier, and the serial pieces between (norm, quantisation), microseconds.
 const CPU_STAGE_US: f64 = 4.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
-/// Launching the step's graph and reading the token back, microseconds.
-const GPU_LAUNCH_US: f64 = 15.0;
-/// Share of the matrix rate that attention scores and the chunked delta rule reach.
-const GPU_SCAN_SHARE: f64 = 0.3;
 const CPU_SCAN_SHARE: f64 = 0.3;
+
+/// A kernel of a step beside its bytes, on top of [`Gpu::kernel_us`]: the round trips to memory from its inputs to its
+/// outputs, microseconds.
+const GPU_ROUND_TRIPS_US: f64 = 1.1;
+/// Matrix-vector products still decode when nothing is left to load: microseconds per MB, and at most; K-quants take
+/// twice as long.
+const GPU_TAIL_US_PER_MB: f64 = 0.135;
+const GPU_TAIL_US: f64 = 2.0;
+/// The delta rule of one token: a chain of loads, sums and barriers, microseconds.
+const GPU_DELTA_STEP_US: f64 = 7.0;
+/// Choosing the experts of a token: logits, a sort and their hand-over between blocks, microseconds.
+const GPU_ROUTER_US: f64 = 6.5;
+/// Attention of one token: positions of the shortest part of a context, parts at most, query heads that share a key, and
+/// 10^9 operations per second of the block of threads that has a part.
+const GPU_PART_POSITIONS: f64 = 64.0;
+const GPU_PARTS: f64 = 64.0;
+const GPU_PART_HEADS: usize = 8;
+const GPU_PART_GOPS: f64 = 55.0;
+/// Combining one part with the others, microseconds.
+const GPU_COMBINE_US: f64 = 0.1;
+/// Host side of a step: bookkeeping, the wait, the token read back, microseconds.
+const GPU_STEP_US: f64 = 25.0;
+
+/// Tokens of a batch from which on a GPU multiplies on its tensor cores, and those that one pass of the other kernels takes.
+const GPU_PROMPT_FROM: usize = 16;
+const GPU_PASS: usize = 8;
+/// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for the rows
+/// of a tile; fewer rows than a tile has take as long.
+const GPU_TILE_SHARE: f64 = 0.8;
+const GPU_TILE_WEIGHTS_PER_S: f64 = 5.8e9;
+const GPU_TILE_ROWS: f64 = 128.0;
+/// Bytes that move per weight which is decoded to 16 bits for cuBLASLt, and the smallest products that go there.
+const GPU_DENSE_BYTES: f64 = 4.0;
+const GPU_DENSE_WEIGHTS: f64 = (1 << 20) as f64;
+const GPU_DENSE_TOKENS: f64 = 128.0;
+/// Share of [`Gpu::mma_tflops`] of attention over a prompt.
+const GPU_FLASH_SHARE: f64 = 0.25;
+/// The chunked delta rule: microseconds per token of one sequence, and bytes per token and element of a V head.
+const GPU_DELTA_TOKEN_US: f64 = 0.08;
+const GPU_DELTA_BYTES: f64 = 200.0;
+/// What a mixer and a feed-forward block take beside these in a prompt batch, microseconds.
+const GPU_MIXER_US: f64 = 55.0;
+const GPU_FEED_FORWARD_US: f64 = 12.0;
 
 /// What one thread decodes at most, GB/s of weights, and multiplies, 10^9 operations per second, where the
 /// kernels were not measured on the machine.
@@ -41,81 +83,127 @@ pub(super) enum Rates<'a> {
     Gpu(&'a Gpu),
 }
 
+/// A matrix (or the experts of a stack that some token uses) and the tokens that meet it.
+#[derive(Clone, Copy, Debug)]
+struct Product {
+    ty: TensorType,
+    weights: f64,
+    tokens: f64,
+    /// One matrix per expert.
+    is_stack: bool,
+    /// Matrices of one kernel of a token have the same number.
+    kernel: usize,
+}
+
+impl Product {
+    fn bytes(&self) -> f64 {
+        let row = self.ty.row();
+        self.weights * row.block_bytes as f64 / row.block_len as f64
+    }
+
+    fn ops(&self) -> f64 {
+        2.0 * self.weights * self.tokens
+    }
+}
+
+/// What a block does beside products.
+#[derive(Clone, Copy, Debug, Default)]
+enum Scan {
+    #[default]
+    None,
+    /// Heads, KV heads, their width, and positions that a token sees on average.
+    Attention { n_heads: usize, n_kv_heads: usize, head_dim: usize, seen: f64 },
+    /// Elements of all V heads, and of the state.
+    Delta { n_value: usize, n_state: usize },
+}
+
 /// What a share of a block does in one step.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Work {
-    /// Bytes of weights read, by type.
-    pub weights: Vec<(TensorType, f64)>,
+    n_tokens: usize,
+    products: Vec<Product>,
     /// Bytes of states, keys and values read and written.
-    pub cache: f64,
-    /// Operations of matrix products, two per weight and token, by type.
-    pub ops: Vec<(TensorType, f64)>,
-    /// Operations of attention scores and the delta rule.
-    pub scan_ops: f64,
-    /// Kernels on a GPU, stages on a CPU.
-    pub n_kernels: f64,
+    cache: f64,
+    scan: Scan,
+    /// Stages between barriers on the CPU.
+    n_stages: f64,
+    /// Kernels of a token on a GPU.
+    n_kernels: f64,
+    /// Of them, those that choose what the other shares compute, and so come before these.
+    n_leading: f64,
+    /// Latency of a token on a GPU beside its kernels and their bytes (before the other shares, if any kernel is),
+    /// microseconds.
+    token_us: f64,
+    /// The same of a prompt batch.
+    prompt_us: f64,
+}
+
+impl Work {
+    /// `share` of a matrix in kernel number `kernel`.
+    fn add(&mut self, kernel: usize, w: &Weight, share: f64) {
+        let weights = (w.n_rows() * w.n_cols) as f64 * share;
+        self.products.push(Product { ty: w.ty, weights, tokens: self.n_tokens as f64, is_stack: false, kernel });
+    }
 }
 
 /// Work of the part of length `n` of `block` on `n_tokens` tokens, the cache holding `n_past` positions before
 /// the last of them.
 pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize, n_past: usize, sizes: &Sizes) -> Work {
     let tokens = n_tokens as f64;
-    let mut work = Work::default();
-    let mut add = |w: &Weight, share: f64, read: f64, used: f64| {
-        let bytes = w.n_bytes() as f64 * share;
-        work.weights.push((w.ty, bytes * read));
-        work.ops.push((w.ty, 2.0 * w.n_rows() as f64 * w.n_cols as f64 * share * used));
-    };
+    let mut work = Work { n_tokens, ..Work::default() };
     match block {
         Block::Embed(b) => {
             work.cache = tokens * (b.token_embd.row_bytes() + 4 * b.n_embd) as f64;
-            work.n_kernels = 1.0;
+            (work.n_stages, work.n_kernels) = (1.0, 1.0);
         }
         Block::Attention(b) => {
-            for linear in [&b.attn_q, &b.attn_k, &b.attn_v, &b.attn_output] {
-                add(&linear.weight, 1.0, 1.0, tokens);
-            }
+            [&b.attn_q, &b.attn_k, &b.attn_v].into_iter().for_each(|l| work.add(0, &l.weight, 1.0));
+            work.add(1, &b.attn_output.weight, 1.0);
             let seen = n_past as f64 + tokens / 2.0;
+            let (n_heads, n_kv_heads, head_dim) = (b.shape.n_heads, b.shape.n_kv_heads, b.shape.head_dim);
             work.cache = b.shape.kv_bytes_per_token(sizes.kv_dtype) as f64 * (seen + tokens);
-            work.scan_ops = 4.0 * (b.shape.n_heads * b.shape.head_dim) as f64 * tokens * seen;
-            work.n_kernels = 5.0;
+            work.scan = Scan::Attention { n_heads, n_kv_heads, head_dim, seen };
+            (work.n_stages, work.n_kernels, work.prompt_us) = (5.0, 6.0, GPU_MIXER_US);
         }
         Block::DeltaNet(b) => {
-            for linear in [&b.attn_qkv, &b.attn_gate, &b.ssm_beta, &b.ssm_alpha, &b.ssm_out] {
-                add(&linear.weight, 1.0, 1.0, tokens);
-            }
+            let inputs = [&b.attn_qkv, &b.attn_gate, &b.ssm_beta, &b.ssm_alpha];
+            inputs.into_iter().for_each(|l| work.add(0, &l.weight, 1.0));
+            work.add(1, &b.ssm_out.weight, 1.0);
             work.cache = 2.0 * b.shape.state_bytes() as f64;
-            work.scan_ops = 8.0 * b.shape.recurrent_len() as f64 * tokens;
-            work.n_kernels = 4.0;
+            work.scan = Scan::Delta { n_value: b.shape.n_value(), n_state: b.shape.recurrent_len() };
+            (work.n_stages, work.n_kernels) = (4.0, 4.0);
+            (work.token_us, work.prompt_us) = (GPU_DELTA_STEP_US, GPU_MIXER_US);
         }
         Block::Ffn(b) => {
             let share = n as f64 / b.shape.n_ff as f64;
-            for linear in [&b.ffn_gate, &b.ffn_up, &b.ffn_down] {
-                add(&linear.weight, share, 1.0, tokens);
-            }
-            work.n_kernels = 3.0;
+            [&b.ffn_gate, &b.ffn_up].into_iter().for_each(|l| work.add(0, &l.weight, share));
+            work.add(1, &b.ffn_down.weight, share);
+            (work.n_stages, work.n_kernels, work.prompt_us) = (3.0, 3.0, GPU_FEED_FORWARD_US);
         }
         Block::Moe(b) => {
-            let share = n as f64 / b.shape.n_experts as f64;
             let used = b.shape.n_used as f64 / b.shape.n_experts as f64;
             let touched = 1.0 - (1.0 - used).powf(tokens); // of the experts, by any of the tokens, routing being uniform
-            for linear in [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps] {
-                add(&linear.weight, share, touched, tokens * used);
+            let share = n as f64 / b.shape.n_experts as f64;
+            for (kernel, l) in [(1, &b.ffn_gate_exps), (1, &b.ffn_up_exps), (2, &b.ffn_down_exps)] {
+                work.add(kernel, &l.weight, share * touched);
+                let stack = work.products.last_mut().expect("just added");
+                (stack.tokens, stack.is_stack) = (tokens * used / touched, true);
             }
-            work.n_kernels = 3.0;
+            (work.n_stages, work.n_kernels, work.prompt_us) = (3.0, 2.0, GPU_FEED_FORWARD_US);
             if home {
-                add(&b.ffn_gate_inp, 1.0, 1.0, tokens);
-                if let Some(shared) = &b.shared {
-                    for linear in [&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp] {
-                        add(&linear.weight, 1.0, 1.0, tokens);
-                    }
+                work.add(0, &b.ffn_gate_inp, 1.0);
+                if let Some(s) = &b.shared {
+                    [&s.ffn_gate_shexp, &s.ffn_up_shexp].into_iter().for_each(|l| work.add(1, &l.weight, 1.0));
+                    work.add(2, &s.ffn_down_shexp.weight, 1.0);
                 }
-                work.n_kernels = 4.0;
+                (work.n_stages, work.n_kernels) = (4.0, 4.0);
+                (work.token_us, work.n_leading) = (GPU_ROUTER_US, 2.0);
             }
         }
         Block::Head(b) => {
-            add(&b.output.weight, 1.0, 1.0, 1.0);
-            work.n_kernels = 2.0;
+            work.add(0, &b.output.weight, 1.0);
+            work.products[0].tokens = 1.0;
+            (work.n_stages, work.n_kernels) = (2.0, 2.0);
         }
     }
     work
@@ -124,7 +212,7 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
 impl Work {
     /// Bytes moved.
     pub fn bytes(&self) -> f64 {
-        self.cache + self.weights.iter().map(|(_, b)| b).sum::<f64>()
+        self.cache + self.products.iter().map(Product::bytes).sum::<f64>()
     }
 }
 
@@ -163,54 +251,121 @@ fn measured(host: &Host, ty: TensorType) -> Option<&KernelRate> {
     host.kernels.iter().filter(|_| ty.is_quantised()).min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
+/// Weights of one type on the CPU: GB/s for few tokens, and 10^9 operations per second for many.
+fn cpu_rates(host: &Host, threads: usize, ty: TensorType) -> (f64, f64) {
+    match measured(host, ty) {
+        Some(kernel) => {
+            let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
+            let decode = kernel.decode_gb_per_s.min(host.read_gb_per_s(host.threads)) * share;
+            (decode, kernel.prompt_gflops * threads as f64 / host.threads as f64)
+        }
+        None => {
+            let (gb, gflops) = per_thread(host.isa, ty);
+            let t = threads as f64;
+            ((host.read_gb_per_s(threads) * CPU_GEMV_SHARE).min(gb * t), gflops * t)
+        }
+    }
+}
+
+fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
+    let rates = |ty: TensorType| cpu_rates(host, threads, ty);
+    let read: f64 = work.products.iter().map(|p| p.bytes() / rates(p.ty).0 / 1e9).sum();
+    let multiply: f64 = work.products.iter().map(|p| p.ops() / rates(p.ty).1 / 1e9).sum();
+    let scan = work.scan_ops() / (rates(TensorType::F32).1 * CPU_SCAN_SHARE) / 1e9;
+    let cache = work.cache / (host.read_gb_per_s(threads) * CPU_GEMV_SHARE) / 1e9;
+    read.max(multiply) + cache.max(scan) + work.n_stages * CPU_STAGE_US * 1e-6
+}
+
+/// One token of a graph, or a few.
+fn gpu_token_seconds(gpu: &Gpu, work: &Work) -> f64 {
+    let bytes_per_us = gpu.bandwidth_gb_per_s * 1e3;
+    let mut us = work.n_kernels * (gpu.kernel_us + GPU_ROUND_TRIPS_US) + work.token_us;
+    for kernel in 0..work.products.iter().map(|p| p.kernel + 1).max().unwrap_or(0) {
+        let products = || work.products.iter().filter(|p| p.kernel == kernel);
+        let bytes = products().map(Product::bytes).sum::<f64>();
+        let tail = if products().any(|p| p.ty.row().block_len == 256) { 2.0 } else { 1.0 };
+        us += bytes / bytes_per_us + tail * (bytes / 1e6 * GPU_TAIL_US_PER_MB).min(GPU_TAIL_US);
+    }
+    us += match work.scan {
+        Scan::Attention { n_heads, n_kv_heads, head_dim, seen } => {
+            let group = n_heads / n_kv_heads;
+            let n_blocks = (n_kv_heads * group.div_ceil(GPU_PART_HEADS)) as f64;
+            let most = (2.0 * gpu.n_sms as f64 / n_blocks).floor().clamp(1.0, GPU_PARTS);
+            let parts = (seen / GPU_PART_POSITIONS).ceil().clamp(1.0, most);
+            let positions = (seen / parts).max(GPU_PART_POSITIONS.min(seen));
+            let ops = 4.0 * positions * (group.min(GPU_PART_HEADS) * head_dim) as f64;
+            (ops / GPU_PART_GOPS / 1e3).max(work.cache / bytes_per_us) + parts * GPU_COMBINE_US
+        }
+        Scan::None | Scan::Delta { .. } => work.cache / bytes_per_us,
+    };
+    us * 1e-6 * work.n_tokens.div_ceil(GPU_PASS) as f64
+}
+
+/// A batch of a prompt.
+fn gpu_prompt_seconds(gpu: &Gpu, work: &Work) -> f64 {
+    let bytes_per_s = gpu.bandwidth_gb_per_s * 1e9;
+    let mma = gpu.mma_tflops * 1e12;
+    let multiply = |p: &Product| match gpu.dense_tflops {
+        _ if p.tokens <= 1.0 => p.bytes() / bytes_per_s,
+        _ if p.ty == TensorType::F32 => (p.ops() / (mma / 8.0)).max(p.bytes() / bytes_per_s),
+        Some(tflops) if !p.is_stack && p.weights >= GPU_DENSE_WEIGHTS && p.tokens >= GPU_DENSE_TOKENS => {
+            let decode = if p.ty.is_quantised() { p.weights * GPU_DENSE_BYTES + p.bytes() } else { p.bytes() };
+            p.ops() / (tflops * 1e12) + decode / bytes_per_s
+        }
+        _ => {
+            let tiles = (p.tokens / GPU_TILE_ROWS).ceil();
+            let multiply = 2.0 * p.weights * tiles * GPU_TILE_ROWS / (mma * GPU_TILE_SHARE);
+            let decode = p.weights * tiles / (GPU_TILE_WEIGHTS_PER_S * gpu.n_sms as f64);
+            multiply.max(decode).max(p.bytes() / bytes_per_s)
+        }
+    };
+    let scan = match work.scan {
+        Scan::None => work.cache / bytes_per_s,
+        Scan::Attention { .. } => (work.scan_ops() / (mma * GPU_FLASH_SHARE)).max(work.cache / bytes_per_s),
+        Scan::Delta { n_value, .. } => {
+            let tokens = work.n_tokens as f64;
+            tokens * (GPU_DELTA_TOKEN_US * 1e-6 + GPU_DELTA_BYTES * n_value as f64 / bytes_per_s)
+        }
+    };
+    work.products.iter().map(multiply).sum::<f64>() + scan + work.prompt_us * 1e-6
+}
+
+impl Work {
+    /// Operations of attention scores and sums, or of the delta rule.
+    fn scan_ops(&self) -> f64 {
+        let tokens = self.n_tokens as f64;
+        match self.scan {
+            Scan::None => 0.0,
+            Scan::Attention { n_heads, head_dim, seen, .. } => 4.0 * (n_heads * head_dim) as f64 * tokens * seen,
+            Scan::Delta { n_state, .. } => 8.0 * n_state as f64 * tokens,
+        }
+    }
+}
+
 impl Rates<'_> {
-    /// Weights of one type: GB/s for few tokens, and 10^9 operations per second for many.
-    fn matmul(&self, ty: TensorType) -> (f64, f64) {
+    /// Seconds that `work` takes.
+    pub fn seconds(&self, work: &Work) -> f64 {
         match *self {
-            Rates::Gpu(gpu) => {
-                let ops = gpu.matmul_tflops * 1e3;
-                (gpu.bandwidth_gb_per_s * GPU_GEMV_SHARE, if ty == TensorType::F32 { ops / 8.0 } else { ops })
-            }
-            Rates::Cpu { host, threads } => match measured(host, ty) {
-                Some(kernel) => {
-                    let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
-                    let decode = kernel.decode_gb_per_s.min(host.read_gb_per_s(host.threads)) * share;
-                    (decode, kernel.prompt_gflops * threads as f64 / host.threads as f64)
-                }
-                None => {
-                    let (gb, gflops) = per_thread(host.isa, ty);
-                    let t = threads as f64;
-                    ((host.read_gb_per_s(threads) * CPU_GEMV_SHARE).min(gb * t), gflops * t)
-                }
-            },
+            Rates::Cpu { host, threads } => cpu_seconds(host, threads, work),
+            Rates::Gpu(gpu) if work.n_tokens < GPU_PROMPT_FROM => gpu_token_seconds(gpu, work),
+            Rates::Gpu(gpu) => gpu_prompt_seconds(gpu, work),
         }
     }
 
-    /// Seconds that `work` takes.
-    pub fn seconds(&self, work: &Work) -> f64 {
-        if work.n_kernels == 0.0 {
-            return 0.0;
+    /// Of them, seconds before another device can begin with its share.
+    pub fn leading_seconds(&self, work: &Work) -> f64 {
+        match self {
+            Rates::Gpu(gpu) if work.n_leading > 0.0 => {
+                1e-6 * (work.n_leading * (gpu.kernel_us + GPU_ROUND_TRIPS_US) + work.token_us)
+            }
+            _ => 0.0,
         }
-        let matmul = |ty: TensorType| self.matmul(ty);
-        let read: f64 = work.weights.iter().map(|&(ty, bytes)| bytes / matmul(ty).0 / 1e9).sum();
-        let multiply: f64 = work.ops.iter().map(|&(ty, ops)| ops / matmul(ty).1 / 1e9).sum();
-        let (cache_rate, scan_rate, stage_us) = match *self {
-            Rates::Gpu(gpu) => {
-                (gpu.bandwidth_gb_per_s * GPU_GEMV_SHARE, gpu.matmul_tflops * 1e3 * GPU_SCAN_SHARE, gpu.kernel_us)
-            }
-            Rates::Cpu { host, threads } => {
-                let ops = self.matmul(TensorType::F32).1 * CPU_SCAN_SHARE;
-                (host.read_gb_per_s(threads) * CPU_GEMV_SHARE, ops, CPU_STAGE_US)
-            }
-        };
-        let cache = (work.cache / cache_rate).max(work.scan_ops / scan_rate) / 1e9;
-        read.max(multiply) + cache + work.n_kernels * stage_us * 1e-6
     }
 
     /// Seconds of one step outside its blocks.
     pub fn fixed_seconds(&self, n_vocab: usize) -> f64 {
         1e-6 * match self {
-            Rates::Gpu(_) => GPU_LAUNCH_US,
+            Rates::Gpu(gpu) => gpu.launch_us + GPU_STEP_US,
             Rates::Cpu { .. } => n_vocab as f64 / 1000.0 * CPU_SAMPLE_US_PER_1000,
         }
     }

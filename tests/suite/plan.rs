@@ -181,7 +181,7 @@ fn planned_bytes_are_those_of_the_backends() {
         let state = tandem_cpu::Backend::planned_state_bytes(&model, &blocks, size, made.threads).unwrap();
         let residual = 4 * 77 * model.n_embd as u64;
         let planned = bytes(&made, Device::Cpu, &[Pool::Kv, Pool::States, Pool::Scratch]);
-        assert_eq!(planned, state + residual, "{}", shape.name);
+        assert_eq!(planned, state.total() + residual, "{}", shape.name);
 
         let facts = known("h200+ddr5-64gb");
         let everything = Wishes { place: rules(&["*=cuda0"]), ..wishes.clone() };
@@ -194,6 +194,50 @@ fn planned_bytes_are_those_of_the_backends() {
         let planned = bytes(&made, gpu, &[Pool::Kv, Pool::States, Pool::Scratch, Pool::Logits]);
         assert_eq!(planned, state, "{}", shape.name);
     }
+}
+
+/// Rates that `tandem bench -p 2048 -n 128` and the decode benchmark measured on an H200 with everything on it
+/// (docs/performance.md): within 10 % for generation, 20 % for prompts.
+#[test]
+fn gpu_predictions_are_those_measured() {
+    let facts = known("h200+server-16c-128gb");
+    let measured = [
+        (&shapes::QWEN35_0_8B, Mix::Q4KM, [1523.0, 1413.0, 1277.0], 151_658.0),
+        (&shapes::QWEN35_4B, Mix::Q4KM, [606.0, 576.0, 541.0], 49_436.0),
+        (&shapes::QWEN35_9B, Mix::Q4KM, [439.0, 423.0, 406.0], 32_100.0),
+        (&shapes::QWEN35_27B, Mix::Q4KM, [163.6, 157.5, 150.3], 9_213.0),
+        (&shapes::QWEN35_35B, Mix::Q4KM, [522.0, 489.0, 442.0], 28_364.0),
+        (&shapes::QWEN35_9B, Mix::All(TensorType::Q8_0), [361.9, 352.7, 338.7], f64::NAN),
+        (&shapes::QWEN35_35B, Mix::All(TensorType::Q8_0), [472.2, 443.0, 401.5], f64::NAN),
+    ];
+    let mut wrong = Vec::new();
+    for (shape, mix, rates, prompt) in measured {
+        let model = shapes::model(shape, mix);
+        let wishes =
+            Wishes { n_ctx: Some(16640), place: rules(&["*=cuda0"]), n_batch: Some(2048), ..Wishes::default() };
+        let made = make(&model, &facts, &wishes);
+        for (depth, rate) in [64, 4160, 16448].into_iter().zip(rates) {
+            let predicted = made.rates_at(&model, &facts, depth).unwrap().0;
+            println!(
+                "{} {mix:?} at {depth}: {predicted:.1}, measured {rate}: {:+.1} %",
+                shape.name,
+                100.0 * (predicted / rate - 1.0)
+            );
+            if (predicted / rate - 1.0).abs() > 0.1 {
+                wrong.push(format!("{} at {depth}: {predicted:.1}, measured {rate}", shape.name));
+            }
+        }
+        let predicted = made.rates_at(&model, &facts, 2048).unwrap().1;
+        println!(
+            "{} prompt: {predicted:.0}, measured {prompt}: {:+.1} %",
+            shape.name,
+            100.0 * (predicted / prompt - 1.0)
+        );
+        if (predicted / prompt - 1.0).abs() > 0.2 {
+            wrong.push(format!("{} prompt: {predicted:.0}, measured {prompt}", shape.name));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use tandem::text::{ChatTemplate, Message, RenderOptions, Tokenizer, Vocabulary};
 
 fn engine(file: &File) -> Engine {
     let model = tandem::model::describe(file).unwrap();
-    let machine = tandem::machine::here(None, false);
+    let machine = tandem::machine::here(&tandem::machine::Options::default());
     let wishes = tandem::plan::Wishes { vram: vec![0; 16], workload: Workload::default(), ..Default::default() };
     let plan = tandem::plan::plan(&model, &machine, &wishes).unwrap();
     assert_eq!(plan.devices(), [Device::Cpu]);

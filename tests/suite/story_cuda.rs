@@ -200,11 +200,12 @@ fn cuda_gives_the_same_for_a_long_prompt_in_any_chunks() {
 fn engine(file: &File) -> Option<Engine> {
     let _ = gpu()?;
     let model = tandem::model::describe(file).unwrap();
-    let machine = tandem::machine::here(None, false);
+    let cuda_libs = std::env::var_os("TANDEM_CUDA_LIBS").map(std::path::PathBuf::from);
+    let measuring = tandem::machine::Options { cuda_libs: cuda_libs.clone(), ..Default::default() };
+    let machine = tandem::machine::here(&measuring);
     let wishes = tandem::plan::Wishes { workload: Workload::default(), ..Default::default() };
     let plan = tandem::plan::plan(&model, &machine, &wishes).unwrap();
     assert_eq!(plan.devices(), [Device::Cuda(0)]);
-    let cuda_libs = std::env::var_os("TANDEM_CUDA_LIBS").map(Into::into);
     let cubin_cache = Some(std::env::temp_dir().join("tandem-test-cubins"));
     let options = DeviceOptions { isa: tandem_cpu::Isa::detect(), cuda_libs, cubin_cache };
     Some(Engine::load(model, plan, &options, file, &|_| {}).unwrap())
