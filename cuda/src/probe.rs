@@ -128,12 +128,11 @@ pub fn measure(device: &Arc<Device>, compiler: Compiler) -> Result<Measured, Err
     let kernels = Kernels::new(device, compiler);
     kernels.prepare([program()])?;
     let function = |entry| kernels.function(&program(), entry, 0);
-    let (read_words, products, tick, hand_off) =
-        (function("read_words")?, function("products")?, function("tick")?, function("hand_off")?);
+    let (noise, read_words, products) = (function("noise")?, function("read_words")?, function("products")?);
+    let (tick, hand_off) = (function("tick")?, function("hand_off")?);
     let data_bytes = DATA_BYTES.min(free_before / 4).next_multiple_of(4096);
     let data = Arena::new(device, "measuring", data_bytes, data_bytes)?;
     let whole = Range { offset: 0, bytes: data_bytes };
-    data.fill(whole, 0x3c)?;
     let out = Arena::new(device, "measuring", HANDOFF_FLOATS * 4, data_bytes)?;
     let mapped = Pinned::new(2 * LINE + 2 * HANDOFF_FLOATS * 4)?;
     let at = |offset: usize| mapped.device_ptr().map(|p| p.offset(offset));
@@ -151,6 +150,8 @@ pub fn measure(device: &Arc<Device>, compiler: Compiler) -> Result<Measured, Err
     let timer = Timer::new(device)?;
 
     let grid = Launch::new(4 * device.n_sms(), 512);
+    // SAFETY: the kernel writes `n` words of the arena.
+    unsafe { noise.launch(device, grid, &args)? };
     // SAFETY: the kernel reads `n` words of the arena.
     let read_s = timer.best(|| unsafe { read_words.launch(device, grid, &args) })?;
 
@@ -218,7 +219,7 @@ pub fn measure(device: &Arc<Device>, compiler: Compiler) -> Result<Measured, Err
     for _ in 0..PASSES {
         handoff_s = handoff_s.min(hand_offs(device, &mapped, || {
             // SAFETY: the kernel touches `out` and the mapped memory, which outlive it.
-            unsafe { hand_off.launch(device, Launch::new(1, 256), &args) }
+            unsafe { hand_off.launch(device, Launch::new(1, 1024), &args) }
         })?);
     }
 

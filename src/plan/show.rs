@@ -27,6 +27,11 @@ fn short(x: f64) -> String {
     }
 }
 
+/// Bytes moved, for people: `3.77 GB`, `24.1 MB`.
+fn moved(bytes: f64) -> String {
+    if bytes >= 1e9 { format!("{} GB", short(bytes / 1e9)) } else { format!("{} MB", short(bytes / 1e6)) }
+}
+
 fn kv_name(dtype: KvDtype) -> &'static str {
     match dtype {
         KvDtype::F32 => "f32",
@@ -154,7 +159,7 @@ pub fn text(plan: &Plan, model: &Model) -> String {
         let _ = write!(line, "  {:<20}", format!("{} x {}", group.kind, group.n_blocks));
         for device in &columns {
             let cell = match group.devices.iter().find(|d| d.device == *device) {
-                Some(d) if d.token_ms > 0.0 => format!("{} GB {} ms", short(d.token_bytes / 1e9), short(d.token_ms)),
+                Some(d) if d.token_ms > 0.0 => format!("{} {} ms", moved(d.token_bytes), short(d.token_ms)),
                 _ => "-".into(),
             };
             let _ = write!(line, "{cell:>20}");
@@ -329,6 +334,7 @@ fn colour(name: &str) -> &'static str {
         "snapshots" => "#d3bfe8",
         "hand-offs" => "#d14b5a",
         "launch, sampling" => "#8b95a1",
+        "left" => "#e8ebef",
         _ => "#b9c1ca",
     }
 }
@@ -389,6 +395,7 @@ pub fn html(plan: &Plan, model: &Model) -> String {
         for pool in &Pool::ALL[1..] {
             put(pool.name(), plan.bytes(device, Some(*pool)));
         }
+        put("left", limit.bytes - used);
         bar(&mut out, &parts, limit.bytes as f64);
     }
     let _ = write!(out, "<h2>One token: {} ms</h2>", short(p.token_ms));
@@ -404,10 +411,10 @@ pub fn html(plan: &Plan, model: &Model) -> String {
             if let Some(d) = group.devices.iter().find(|d| d.device == *device) {
                 let _ = write!(
                     out,
-                    "<tr><td>{kind} &times; {}<td>{device}<td>{:.1} %<td>{} GB<td>{} ms",
+                    "<tr><td>{kind} &times; {}<td>{device}<td>{:.1} %<td>{}<td>{} ms",
                     group.n_blocks,
                     100.0 * share,
-                    short(d.token_bytes / 1e9),
+                    moved(d.token_bytes),
                     short(d.token_ms)
                 );
             }

@@ -77,6 +77,45 @@ fn wrong_usage_is_refused_with_code_2() {
     assert_refused(&["logits", &model, "--tokens", "1,2,3", "--ctx", "2"], &[], 2, &["3", "2"]);
 }
 
+/// Options that contradict each other are refused, where both come from the command line or both from the environment; else
+/// the environment yields.
+#[test]
+fn contradicting_options_are_refused_unless_one_is_of_the_environment() {
+    let model = golden("qwen35-f32.gguf");
+    let made = tandem(&["plan", &model, "--machine", "ddr4-16gb", "--threads", "2", "--json"], &[]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let saved = scratch("saved-plan.json", &made.stdout);
+    let saved = saved.to_str().unwrap();
+    let with_plan = ["run", &model, "-p", "x", "-n", "1", "--plan", saved];
+    for option in [
+        ["--ctx", "64"],
+        ["--kv-dtype", "f32"],
+        ["--batch", "8"],
+        ["--threads", "1"],
+        ["--vram", "0"],
+        ["--ram", "1G"],
+        ["--place", "*=cpu"],
+        ["--gpu-layers", "0"],
+        ["--machine", "ddr4-16gb"],
+        ["--cpu-isa", "portable"],
+    ] {
+        assert_refused(&[&with_plan[..], &option].concat(), &[], 2, &["--plan", option[0]]);
+    }
+    let variables = [("TANDEM_PLAN", saved), ("TANDEM_CTX", "64")];
+    assert_refused(&["plan", &model], &variables, 2, &["TANDEM_PLAN", "TANDEM_CTX"]);
+    assert_refused(&["plan", &model, "--plan", saved, "--prompt", "9"], &[], 2, &["--plan", "--prompt"]);
+    assert_refused(&["plan", &model, "--json", "--why"], &[], 2, &["--json", "--why"]);
+    assert_refused(&["run", "--system", "x", "--no-template", "-p", "x"], &[], 2, &["--system", "--no-template"]);
+
+    let ran = tandem(&with_plan, &[("TANDEM_CTX", "64")]);
+    let words = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(ran.status.success() && !words.contains("ctx 64") && words.contains("bytes as planned"), "{words}");
+    let planned = tandem(&["plan", &model, "--machine", "ddr4-16gb", "--ctx", "64"], &variables[..1]);
+    assert!(String::from_utf8_lossy(&planned.stdout).contains("context 64 x 1 slot"), "the saved plan yields");
+    let plain = ["run", "--no-template", "-p", "Once", "-n", "1"];
+    assert!(tandem(&plain, &[("TANDEM_SYSTEM", "Be brief.")]).status.success(), "the system message yields");
+}
+
 #[test]
 fn a_template_that_fails_is_reported_with_its_file() {
     let mut model = std::fs::read(golden("qwen35-f32.gguf")).unwrap();
