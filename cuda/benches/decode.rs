@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
-use tandem_cuda::{Backend, Compiler, Device, Feed, Options, StateLayout, WeightsLayout};
+use tandem_cuda::{Backend, Compiler, Device, Feed, Options, State, StateLayout, WeightsLayout};
 use tandem_spec::testing::shapes::{self, Mix, RELEASED};
 use tandem_spec::testing::{Rng, random_blocks};
-use tandem_spec::{Block, KvDtype, Tensor, TensorSource, TensorType};
+use tandem_spec::{Block, KvDtype, SamplerOptions, Tensor, TensorSource, TensorType};
 
 /// Every tensor of a type shares the same random bytes: speeds do not depend on the weights.
 struct Noise {
@@ -58,6 +58,32 @@ fn bytes_per_token(blocks: &[Block<tandem_spec::Weight>]) -> usize {
         }
     }
     bytes
+}
+
+fn samplers() -> [(&'static str, SamplerOptions); 5] {
+    let drawing = SamplerOptions { top_p: 1.0, min_p: 0.0, ..Default::default() };
+    [
+        ("greedy", SamplerOptions::greedy()),
+        ("top-k 20", SamplerOptions { top_k: 20, ..drawing.clone() }),
+        ("top-k 40, top-p, min-p", SamplerOptions::default()),
+        ("top-k 256", SamplerOptions { top_k: 256, ..drawing.clone() }),
+        ("top-k 40, penalties", SamplerOptions { repeat_penalty: 1.1, ..drawing }),
+    ]
+}
+
+/// Microseconds from the first kernel of a step to its last, the mean of many steps.
+fn time_sampler(backend: &Backend, state: &mut State, sampler: &SamplerOptions) -> Result<f64, tandem_cuda::Error> {
+    const N: usize = 500;
+    let (mut tokens, mut before) = (vec![1], 0.0);
+    for i in 0..N + 10 {
+        if i == 10 {
+            before = backend.busy_seconds(state)?;
+        }
+        let feed = Feed { slot: 0, position: i, token: tokens[i] };
+        backend.launch(state, &[feed], &[(sampler, &tokens)])?;
+        tokens.push(backend.wait(state)?[0]);
+    }
+    Ok((backend.busy_seconds(state)? - before) * 1e6 / N as f64)
 }
 
 fn main() {
@@ -160,6 +186,27 @@ fn main() {
                 bytes as f64 / 1e6,
                 100.0 * bytes as f64 / roof / (us * 1e-6)
             );
+        }
+        let mut least = [f64::INFINITY; 5];
+        for _ in 0..3 {
+            for (us, (_, sampler)) in least.iter_mut().zip(samplers()) {
+                let step = time_sampler(&backend, &mut state, &sampler).unwrap_or_else(|e| panic!("{e}"));
+                *us = us.min(step);
+            }
+        }
+        for (us, (name, sampler)) in least.into_iter().zip(samplers()) {
+            let choice = backend.time_choice(&mut state, &sampler, 20).unwrap_or_else(|e| panic!("{e}"));
+            println!("  {name:24} {choice:6.1} us by itself, {us:8.1} us of device time a step");
+        }
+        let mut old = None;
+        for _ in 0..3 {
+            let start = Instant::now();
+            let copy = backend.snapshot(&state, 0, old).unwrap_or_else(|e| panic!("{e}"));
+            let (copied, start) = (start.elapsed().as_secs_f64(), Instant::now());
+            backend.restore(&mut state, 0, &copy).unwrap_or_else(|e| panic!("{e}"));
+            let (back, mb) = (start.elapsed().as_secs_f64(), backend.snapshot_bytes() as f64 / 1e6);
+            println!("  copy of {mb:.1} MB of states: {:.2} ms, back {:.2} ms", copied * 1e3, back * 1e3);
+            old = Some(copy);
         }
     }
 }

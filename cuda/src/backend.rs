@@ -321,21 +321,26 @@ impl Backend {
         self.slot_states().map(|(_, bytes)| bytes).sum()
     }
 
-    /// A copy, in host memory, of the delta-net states of `slot`, which belong to the position that it has reached.
+    /// A copy, in pinned host memory, of the delta-net states of `slot`, which belong to the position that it has
+    /// reached; in the memory of `old`, if there is one, since new pinned memory is slow to get.
     ///
     /// # Errors
     /// What the driver says, or the fault of an earlier kernel.
-    pub fn snapshot(&self, state: &State, slot: usize) -> Result<Snapshot, Error> {
+    pub fn snapshot(&self, state: &State, slot: usize, old: Option<Snapshot>) -> Result<Snapshot, Error> {
         assert!(slot < self.options.n_slots, "slot {slot} of {}", self.options.n_slots);
-        let mut bytes = vec![0; self.snapshot_bytes()];
-        let mut rest = &mut bytes[..];
+        self.device.bind()?;
+        let mut snapshot = match old {
+            Some(old) => old,
+            None => Snapshot(Pinned::new(self.snapshot_bytes())?),
+        };
+        let mut rest = snapshot.bytes_mut();
         for (range, n) in self.slot_states() {
             let part;
             (part, rest) = rest.split_at_mut(n);
             state.arena.queue_read_at(range, slot, part)?;
         }
         self.device.wait("copying states")?;
-        Ok(Snapshot(bytes))
+        Ok(snapshot)
     }
 
     /// Puts `slot` back to the position at which `snapshot` was taken, from the same slot: keys and values from that position
@@ -344,8 +349,8 @@ impl Backend {
     /// # Errors
     /// What the driver says.
     pub fn restore(&self, state: &mut State, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
-        assert_eq!(snapshot.0.len(), self.snapshot_bytes(), "a copy of the same blocks");
-        let mut rest = &snapshot.0[..];
+        let mut rest = snapshot.bytes();
+        assert_eq!(rest.len(), self.snapshot_bytes(), "a copy of the same blocks");
         for (range, n) in self.slot_states() {
             let part;
             (part, rest) = rest.split_at(n);
@@ -614,18 +619,40 @@ impl Backend {
                 }
                 Ok(())
             })?;
-            for warm in [true, false] {
-                let start = std::time::Instant::now();
-                for _ in 0..n {
-                    graph.launch(&self.device)?;
-                }
-                self.device.wait(time.0)?;
-                if !warm {
-                    time.2 = start.elapsed().as_secs_f64() * 1e6 / n as f64;
-                }
-            }
+            time.2 = self.time_graph(&graph, n)?;
         }
         Ok(times)
+    }
+
+    /// Microseconds of one choice of a token by `options`, from the logits of the last decode step of one sequence: 16 of them
+    /// in a graph, launched `n` times. For benches; the sampler's state is lost.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn time_choice(&self, state: &mut State, options: &SamplerOptions, n: usize) -> Result<f64, Error> {
+        const CHOICES: usize = 16;
+        self.device.bind()?;
+        state.held.clear();
+        self.set_sampler(state, 0, options, &[])?;
+        let graph = Graph::capture(&self.device, || {
+            let mut step = self.step(state);
+            (step.n_tokens, step.n_runs, step.n_wanted) = (1, 1, 1);
+            let heads = self.ops.iter().filter_map(|op| if let Op::Head(head) = op { Some(head) } else { None });
+            heads.cycle().take(CHOICES).try_for_each(|head| head.choose(&step, state.pinned.device_ptr()?))
+        })?;
+        Ok(self.time_graph(&graph, n)? / CHOICES as f64)
+    }
+
+    /// Microseconds of a launch of `graph`, the second time that it is launched `n` times.
+    fn time_graph(&self, graph: &Graph, n: usize) -> Result<f64, Error> {
+        let launch_all = || {
+            let start = std::time::Instant::now();
+            (0..n).try_for_each(|_| graph.launch(&self.device))?;
+            self.device.wait("a measurement")?;
+            Ok(start.elapsed().as_secs_f64() * 1e6 / n as f64)
+        };
+        launch_all()?;
+        launch_all()
     }
 
     fn queue_decode(&self, state: &State, n: usize) -> Result<(), Error> {
@@ -662,7 +689,19 @@ pub struct Feed {
 }
 
 /// A copy of the delta-net states of one slot.
-pub struct Snapshot(Vec<u8>);
+pub struct Snapshot(Pinned);
+
+impl Snapshot {
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: the allocation has so many bytes; whoever writes them has `bytes_mut`, and waits for the device.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.bytes()) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.bytes()) }
+    }
+}
 
 /// What changes from step to step: KV rows, delta-net states, activations, and the graphs that work on them.
 pub struct State {

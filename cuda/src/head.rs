@@ -92,12 +92,12 @@ pub(crate) struct SlotSampler {
     min_p: u64,
     temperature: f32,
     repeat: f32,
+    inverse_repeat: f32,
     presence: f32,
     frequency: f32,
     top_k: u32,
     window: u32,
     n_seen: u32,
-    pad: u32,
 }
 
 impl SlotSampler {
@@ -110,12 +110,12 @@ impl SlotSampler {
             min_p: options.min_p_weight(),
             temperature: options.temperature,
             repeat: options.repeat_penalty,
+            inverse_repeat: 1.0 / options.repeat_penalty,
             presence: options.presence_penalty,
             frequency: options.frequency_penalty,
             top_k: options.top_k.min(MAX_CANDIDATES) as u32,
             window: options.window() as u32,
             n_seen: n_seen as u32,
-            pad: 0,
         }
     }
 }
@@ -175,8 +175,8 @@ impl HeadOp {
         let Sampled { maxima, best, done, samplers, recent, counts, clock } = step.sampled;
         let (logits, rows, sequences) = (step.logits, step.rows, step.runs);
         let args = ChooseArgs { logits, maxima, best, done, samplers, recent, counts, rows, sequences, chosen, clock };
-        // Four groups a warp: enough loads in flight.
-        let blocks = n_groups(self.n_vocab).div_ceil(4 * THREADS / 32);
+        // Two groups a warp: all blocks run at once on a large GPU, with enough loads in flight.
+        let blocks = n_groups(self.n_vocab).div_ceil(2 * THREADS / 32);
         let launch = Launch::grid(blocks, step.n_tokens, 1, THREADS);
         // SAFETY: logits, rows, runs and `chosen` hold `n_tokens` rows, the rest a row for each slot; what must be zero
         // before is zeroed with the state and left so.

@@ -19,11 +19,10 @@ struct Sampler {
     u64 top_p;           // share to keep in units of 2^-64; 0: all
     u64 min_p;           // least weight to keep
     float temperature;   // 0: the most likely token
-    float repeat, presence, frequency;
+    float repeat, inverse_repeat, presence, frequency;
     u32 top_k;           // 1 to MAX_CANDIDATES
     u32 window;          // recent tokens at most, up to MAX_WINDOW; 0: no penalties
     u32 n_seen;          // tokens that went through the window
-    u32 pad;
 };
 static_assert(sizeof(Sampler) == SAMPLER_BYTES, "Sampler differs from head.rs");
 
@@ -90,33 +89,51 @@ DEVICE u64 random(u64 seed, u64 position) {
 struct Logits {
     const float* logits;
     const u16* counts;   // null: no penalties
-    float repeat, presence, frequency;
+    float repeat, inverse_repeat, presence, frequency;
 
     // Key and id, the lower id first among equals: no two are the same.
     __device__ __forceinline__ u64 operator()(u32 i) const {
         float x = logits[i];
         const u32 n = counts ? counts[i] : 0;
         if (n) {
-            x = x > 0.0f ? __fdiv_rn(x, repeat) : __fmul_rn(x, repeat);
+            x = __fmul_rn(x, x > 0.0f ? inverse_repeat : repeat);
             x = __fsub_rn(x, __fadd_rn(presence, __fmul_rn(frequency, (float)n)));
         }
         return (u64)key(x) << 32 | (0xffffffffu - i);
     }
 };
 
+// Sum and largest over a warp, returned to all.
+DEVICE u32 sum_of_warp(u32 v) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(FULL, v);
+#else
+#pragma unroll
+    for (int o = WARP / 2; o > 0; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
+    return v;
+#endif
+}
+
+DEVICE u32 largest_of_warp(u32 v) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL, v);
+#else
+#pragma unroll
+    for (int o = WARP / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(FULL, v, o));
+    return v;
+#endif
+}
+
 DEVICE u64 larger(u64 a, u64 b) { return a > b ? a : b; }
 
 // Sum over all threads, returned to all. `scratch`: WARPS in shared memory.
 DEVICE u32 sum_of_block(u32 v, u32* scratch) {
-#pragma unroll
-    for (int o = WARP / 2; o > 0; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
+    v = sum_of_warp(v);
+    const u32 lane = threadIdx.x % WARP;
     __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+    if (lane == 0) scratch[threadIdx.x / WARP] = v;
     __syncthreads();
-    u32 sum = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += scratch[w];
-    return sum;
+    return sum_of_warp(lane < WARPS ? scratch[lane] : 0);
 }
 
 // Sum of the values up to this thread's; `total` is that of all. `scratch`: WARPS in shared memory.
@@ -131,7 +148,7 @@ DEVICE u64 sum_up_to(u64 v, u64* scratch, u64& total) {
     if (lane == WARP - 1) scratch[warp] = v;
     __syncthreads();
     total = 0;
-#pragma unroll
+#pragma unroll 1
     for (int w = 0; w < WARPS; w++) {
         if (w < warp) v += scratch[w];
         total += scratch[w];
@@ -152,6 +169,7 @@ DEVICE u32 collect(const Logits& logits, const u32* maxima, u64 least, u64* held
 #pragma unroll 1
         for (; found; found &= found - 1) {
             const u32 start = (first + __ffs(found) - 1) * GROUP;
+#pragma unroll 1
             for (u32 i = start + lane; i < min(start + GROUP, (u32)N_VOCAB); i += WARP) {
                 const u64 k = logits(i);
                 if (k < least) continue;
@@ -171,12 +189,14 @@ DEVICE u32 draw(const Sampler& s, const Logits& logits, const u32* row_maxima, u
     const u32 tid = threadIdx.x, k = min(s.top_k, (u32)N_VOCAB);
     // The k-th largest of the groups' largest keys bounds the k-th largest of all from below; a bound that a few more
     // reach will do.
+#pragma unroll 8
     for (u32 g = tid; g < N_GROUPS; g += THREADS) maxima[g] = __ldcg(row_maxima + g);
     __syncthreads();
     u32 low = 0, high = (u32)(best >> 32) + 1;   // at least k groups reach `low` (or all do), fewer reach `high`
     // Most logits lie within 2^25 keys below the best.
     for (u32 bound = high > 1u << 25 ? high - (1u << 25) : high / 2; high - low > 1; bound = low + (high - low) / 2) {
         u32 n = 0;
+#pragma unroll 4
         for (u32 g = tid; g < N_GROUPS; g += THREADS) n += maxima[g] >= bound;
         n = sum_of_block(n, counts);
         if (n < k) {
@@ -196,8 +216,10 @@ DEVICE u32 draw(const Sampler& s, const Logits& logits, const u32* row_maxima, u
         else break;
         least = below + (above - below) / 2;
     }
+#pragma unroll 1
     for (u32 i = tid; i < n; i += THREADS) {
         u32 rank = 0;
+#pragma unroll 2
         for (u32 j = 0; j < n; j++) rank += held[j] > held[i];
         if (rank < k) sorted[rank] = held[i];
     }
@@ -223,18 +245,16 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const ChooseArgs a) {
     const u32 slot = a.rows[row].slot;
     const Sampler s = a.samplers[slot];
     const u16* counts = s.window ? a.counts + (u64)slot * N_VOCAB : nullptr;
-    const Logits logits = {a.logits + (u64)row * N_VOCAB, counts, s.repeat, s.presence, s.frequency};
+    const Logits logits = {a.logits + (u64)row * N_VOCAB, counts, s.repeat, s.inverse_repeat, s.presence, s.frequency};
     u64 best = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (u32 g = blockIdx.x * WARPS + warp; g < N_GROUPS; g += gridDim.x * WARPS) {
         u64 most = 0;
 #pragma unroll
         for (u32 i = g * GROUP + lane; i < (g + 1) * GROUP; i += WARP)
             if (i < N_VOCAB) most = larger(most, logits(i));
         best = larger(best, most);
-        u32 of_group = (u32)(most >> 32);
-#pragma unroll
-        for (int o = WARP / 2; o > 0; o >>= 1) of_group = max(of_group, __shfl_xor_sync(FULL, of_group, o));
+        const u32 of_group = largest_of_warp((u32)(most >> 32));
         if (lane == 0) maxima[g] = of_group;
     }
 #pragma unroll
@@ -243,6 +263,7 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const ChooseArgs a) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+#pragma unroll 1
         for (int w = 0; w < WARPS; w++) best = larger(best, warps[w]);
         atomicMax(a.best + row, best);
         __threadfence();

@@ -66,8 +66,8 @@ impl SamplerOptions {
 
     /// The logit of a token that occurs `count` times, at least once, among the recent ones.
     pub fn penalised(&self, logit: f32, count: usize) -> f32 {
-        let logit = if logit > 0.0 { logit / self.repeat_penalty } else { logit * self.repeat_penalty };
-        logit - (self.presence_penalty + self.frequency_penalty * count as f32)
+        let factor = if logit > 0.0 { 1.0 / self.repeat_penalty } else { self.repeat_penalty };
+        logit * factor - (self.presence_penalty + self.frequency_penalty * count as f32)
     }
 
     /// Top-p in units of 2^-64; 0 where it keeps all. A token is kept while the weights before it sum to less than

@@ -362,7 +362,7 @@ pub fn run(args: RunArgs) -> anyhow::Result<()> {
     let opened = load::open(args.model.as_deref())?;
     let voice = Voice::new(&args, &opened)?;
     let loaded = load::engine(&opened, &args.engine, Workload::default())?;
-    let session = Session::new(&loaded.engine)?;
+    let session = if prompt.is_none() { Session::for_chat(&loaded.engine)? } else { Session::new(&loaded.engine)? };
     let mut speaker = Speaker { args: &args, name: opened.file.name(), session, voice };
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     let Some(prompt) = prompt else {

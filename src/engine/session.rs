@@ -1,6 +1,6 @@
 //! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
-//! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so copies of them are
-//! kept in main memory near the ends of prompts, as many as the plan counts, and a prefix that leaves the timeline
+//! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so the session of a chat keeps copies of
+//! them in main memory near the ends of prompts, as many as the plan counts, and a prefix that leaves the timeline
 //! continues from the longest copy that it shares.
 
 use super::step::Snapshot;
@@ -18,6 +18,7 @@ pub struct Session<'e> {
     slot: usize,
     tokens: Vec<u32>,
     snapshots: Vec<(usize, Snapshot)>, // by number of tokens, ascending
+    n_snapshots: usize,                // at most
 }
 
 /// Number of leading tokens that two timelines share.
@@ -26,12 +27,21 @@ fn common_prefix(a: &[u32], b: &[u32]) -> usize {
 }
 
 impl<'e> Session<'e> {
-    /// An empty timeline in slot 0 of states of its own.
+    /// An empty timeline in slot 0 of states of its own, for a text that only grows: it keeps no copies of GDN states.
     ///
     /// # Errors
     /// Too little memory.
     pub fn new(engine: &'e Engine) -> Result<Self, Error> {
-        Ok(Self { engine, states: engine.states()?, slot: 0, tokens: Vec::new(), snapshots: Vec::new() })
+        let (states, tokens, snapshots) = (engine.states()?, Vec::new(), Vec::new());
+        Ok(Self { engine, states, slot: 0, tokens, snapshots, n_snapshots: 0 })
+    }
+
+    /// The same for a chat, whose next turn tells the last one a little differently: it keeps copies.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn for_chat(engine: &'e Engine) -> Result<Self, Error> {
+        Ok(Self { n_snapshots: engine.plan().n_snapshots, ..Self::new(engine)? })
     }
 
     /// Tokens of the timeline so far.
@@ -78,7 +88,7 @@ impl<'e> Session<'e> {
         let start = self.tokens.len();
         let is_prompt = prefix.len() - start > 1;
         let tail = prefix.len().saturating_sub(SNAPSHOT_TAIL);
-        if is_prompt && tail > start && plan.n_snapshots > 0 {
+        if is_prompt && tail > start && self.n_snapshots > 0 {
             self.advance(&prefix[start..tail], false, stop)?;
             self.keep_snapshot()?;
         }
@@ -169,10 +179,10 @@ impl<'e> Session<'e> {
     }
 
     fn keep_snapshot(&mut self) -> Result<(), Error> {
-        if self.snapshots.len() >= self.engine.plan().n_snapshots {
-            self.snapshots.remove(0);
-        }
-        self.snapshots.push((self.tokens.len(), self.engine.snapshot(&mut self.states, self.slot)?));
+        let is_full = self.snapshots.len() >= self.n_snapshots;
+        let old = is_full.then(|| self.snapshots.remove(0).1);
+        let snapshot = self.engine.snapshot(&mut self.states, self.slot, old)?;
+        self.snapshots.push((self.tokens.len(), snapshot));
         Ok(())
     }
 }

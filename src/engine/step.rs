@@ -267,12 +267,13 @@ impl Engine {
         cpu + self.gpus.iter().map(|(_, gpu)| gpu.snapshot_bytes()).sum::<usize>()
     }
 
-    /// A copy of the recurrent states of `slot`.
+    /// A copy of the recurrent states of `slot`, in the memory of `old` if there is one.
     ///
     /// # Errors
     /// A device that failed.
-    pub fn snapshot(&self, states: &mut States, slot: usize) -> Result<Snapshot, Error> {
-        let gpus = self.gpus.iter().zip(&states.gpus).map(|((_, gpu), state)| gpu.snapshot(state, slot));
+    pub fn snapshot(&self, states: &mut States, slot: usize, old: Option<Snapshot>) -> Result<Snapshot, Error> {
+        let mut old = old.into_iter().flat_map(|old| old.gpus);
+        let gpus = self.gpus.iter().zip(&states.gpus).map(|((_, gpu), state)| gpu.snapshot(state, slot, old.next()));
         Ok(Snapshot {
             gpus: gpus.collect::<Result<_, _>>()?,
             cpu: states.cpu.as_mut().map(|state| state.snapshot(slot)),

@@ -48,7 +48,7 @@ fn a_second_turn_knows_the_first() {
 pub fn second_turn_knows_the_first(file: &File, engine: &Engine) {
     let tokenizer = Tokenizer::new(Vocabulary::from_metadata(file.metadata()).unwrap()).unwrap();
     let template = ChatTemplate::from_metadata(file.metadata(), &tokenizer).unwrap().expect("it has a template");
-    let mut session = Session::new(engine).unwrap();
+    let mut session = Session::for_chat(engine).unwrap();
     let mut messages = vec![Message::new("user", "Tell me a story about an owl named Ravi.")];
     let tokens = |messages: &[Message]| {
         tokenizer.encode_prompt(&template.render(messages, &RenderOptions::default()).unwrap(), true)
