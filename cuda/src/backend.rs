@@ -13,11 +13,12 @@ use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
 use crate::moe::MoeOp;
 use crate::ops::{DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
 use crate::prompt::{Prompt, Tables};
+use crate::stream::{self, Parts, StreamLayout, Streamed, Streamer};
 use crate::{layout, upload};
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tandem_spec::{Batch, Block, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
@@ -175,6 +176,8 @@ pub struct Backend {
     ops: Vec<Op>,
     prompt: Prompt,
     prompt_from: usize,
+    /// Tokens of the smallest batch for which the host's shares are streamed, and what streams them.
+    streamer: Option<(usize, Mutex<Streamer>)>,
     /// With the rotary frequencies of attention blocks and their magnitude.
     blocks: Vec<(Block<DeviceWeight>, (Ptr, f64))>,
     names: Vec<String>,
@@ -204,8 +207,25 @@ impl Backend {
         options: &Options,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, Error> {
+        Self::load_streaming(device, compiler, blocks, Streamed::default(), source, options, progress)
+    }
+
+    /// As [`Backend::load`], where the host has `streamed` shares of some of the blocks.
+    ///
+    /// # Errors
+    /// As [`Backend::load`].
+    pub fn load_streaming(
+        device: &Arc<Device>,
+        compiler: Compiler,
+        blocks: &[Block<Weight>],
+        streamed: Streamed,
+        source: &dyn TensorSource,
+        options: &Options,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, Error> {
         device.bind()?;
-        for w in blocks.iter().flat_map(float_weights) {
+        let shares = streamed.blocks();
+        for w in blocks.iter().chain(&shares).flat_map(float_weights) {
             if w.ty != TensorType::F32 {
                 return Err(Error::Unsupported(format!("{} is {}, the GPU kernels want F32", w.name, w.ty)));
             }
@@ -213,10 +233,10 @@ impl Backend {
         let (free_before, _) = device.memory()?;
         let n_sms = device.n_sms();
         let weights_layout = WeightsLayout::new(blocks);
-        let layout = StateLayout::new(blocks, options, n_sms);
-        let planned = weights_layout.bytes() + layout.bytes();
+        let layout = StateLayout::streaming(blocks, &shares, options, n_sms);
+        let planned = weights_layout.bytes() + layout.bytes() + StreamLayout::new(&shares).bytes();
         let kernels = Kernels::new(device, compiler);
-        kernels.prepare(programs(blocks, options, n_sms)?)?;
+        kernels.prepare(programs(blocks, options, n_sms)?.into_iter().chain(stream::programs(&streamed.shares)))?;
         let weights = Arena::new(device, "weights", weights_layout.bytes(), planned)?;
 
         let mut items = Vec::new();
@@ -224,7 +244,8 @@ impl Backend {
         for block in blocks {
             block.for_each(&mut |w| {
                 let range = weights_layout.range(w);
-                if seen.insert(range.offset) {
+                // A share may have none of a weight's rows: its range is empty and begins where the next one does.
+                if range.bytes > 0 && seen.insert(range.offset) {
                     items.push(upload::Item { weight: w.clone(), range });
                 }
             });
@@ -254,6 +275,12 @@ impl Backend {
         }
         let all: Vec<_> = placed_blocks.iter().map(|(b, _)| b.clone()).collect();
         let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability())?;
+        let streamer = if streamed.shares.is_empty() {
+            None
+        } else {
+            let streamer = Streamer::new(device, &kernels, streamed.shares, source, planned)?;
+            Some((streamed.from, Mutex::new(streamer)))
+        };
         let n_embd = blocks.iter().map(n_embd).max().unwrap_or(0);
         let n_vocab = blocks.iter().find_map(|b| match b {
             Block::Embed(b) => Some(b.n_vocab),
@@ -264,6 +291,7 @@ impl Backend {
             ops,
             prompt,
             prompt_from: PROMPT_FROM,
+            streamer,
             blocks: placed_blocks,
             names: blocks.iter().map(Block::name).collect(),
             n_embd,
@@ -295,8 +323,23 @@ impl Backend {
     /// What the driver says.
     pub fn driver_bytes(&self, states: &[&State]) -> Result<i64, Error> {
         let (free, _) = self.device.memory()?;
-        let ours = self.weights.bytes() + states.iter().map(|s| s.bytes()).sum::<usize>();
+        let states = states.iter().map(|s| s.bytes()).sum::<usize>();
+        let ours = self.weights.bytes() + self.stream_bytes() + states;
         Ok(self.free_before as i64 - free as i64 - ours as i64)
+    }
+
+    /// Bytes of the buffers for streamed shares: those of their [`StreamLayout`].
+    pub fn stream_bytes(&self) -> usize {
+        self.of_streamer(Streamer::bytes)
+    }
+
+    /// Bytes of streamed shares that the system refused to pin: they arrive at a third of the rate.
+    pub fn unpinned_bytes(&self) -> usize {
+        self.of_streamer(Streamer::unpinned_bytes)
+    }
+
+    fn of_streamer(&self, f: fn(&Streamer) -> usize) -> usize {
+        self.streamer.as_ref().map_or(0, |(_, s)| f(&s.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
     /// Memory for all slots and the buffers of a step.
@@ -418,13 +461,23 @@ impl Backend {
         } else {
             None
         };
+        let mut streamer = match &self.streamer {
+            Some((from, streamer)) if tables.is_some() && n >= *from => {
+                Some(streamer.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+            _ => None,
+        };
+        if let Some(streamer) = &mut streamer {
+            streamer.begin(range.clone())?;
+        }
         for i in range.clone() {
             step.state = self.state_of(state, i);
             if let Some(tables) = &tables
                 && !matches!(self.ops[i], Op::Embed(_) | Op::Head(_))
             {
                 let scratch = state.arena.ptr(self.layout.scratch);
-                self.launch_prompt(i, tables, &step, scratch).map_err(|e| self.in_block(i, e))?;
+                let parts = streamer.as_mut().map(|s| s.parts(i));
+                self.launch_prompt(i, parts, tables, &step, scratch).map_err(|e| self.in_block(i, e))?;
                 continue;
             }
             if let Op::Head(head) = &self.ops[i] {
@@ -450,7 +503,14 @@ impl Backend {
     }
 
     /// Queues block `i` over many tokens.
-    fn launch_prompt(&self, i: usize, tables: &Tables, step: &Step, scratch: Ptr) -> Result<(), Error> {
+    fn launch_prompt(
+        &self,
+        i: usize,
+        parts: Option<Parts>,
+        tables: &Tables,
+        step: &Step,
+        scratch: Ptr,
+    ) -> Result<(), Error> {
         let (prompt, device, x, state) = (&self.prompt, &self.device, step.x, step.state);
         match &self.blocks[i] {
             (Block::Attention(b), freq) => {
@@ -458,7 +518,7 @@ impl Backend {
                 prompt.attention(device, b, tables, x, cache, *freq, scratch)
             }
             (Block::DeltaNet(b), _) => prompt.delta_net(device, b, tables, x, state, scratch),
-            (Block::Ffn(b), _) => prompt.ffn(device, b, tables, x, scratch),
+            (Block::Ffn(b), _) => prompt.ffn(device, b, parts, tables, x, scratch),
             (Block::Moe(b), _) => prompt.moe(device, b, tables, x, scratch),
             (Block::Embed(_) | Block::Head(_), _) => unreachable!("one kernel for any number of tokens"),
         }

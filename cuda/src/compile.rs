@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("common.cuh")),
     ("quant.cuh", include_str!("quant.cuh")),
+    ("planes.cuh", include_str!("planes.cuh")),
     ("rows.cuh", include_str!("rows.cuh")),
     ("matrix.cuh", include_str!("matrix.cuh")),
     ("unit.cuh", include_str!("unit.cuh")),
@@ -317,7 +318,24 @@ impl Function {
     /// reads and writes with this grid, until the stream has passed it.
     pub unsafe fn launch<A: Args>(&self, device: &Device, launch: Launch, args: &A) -> Result<(), Error> {
         // SAFETY: as the caller vouches; the kernel starts when its inputs are there.
-        unsafe { self.launch_with(device, launch, args, false) }
+        unsafe { self.launch_with(device.stream(), launch, args, false) }
+    }
+
+    /// As [`Function::launch`], on another stream of the device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As [`Function::launch`], with respect to that stream.
+    pub(crate) unsafe fn launch_on<A: Args>(
+        &self,
+        stream: sys::CUstream,
+        launch: Launch,
+        args: &A,
+    ) -> Result<(), Error> {
+        // SAFETY: as the caller vouches.
+        unsafe { self.launch_with(stream, launch, args, false) }
     }
 
     /// As [`Function::launch`], but the kernel may start while the one before still runs, where the chip can do that.
@@ -330,10 +348,16 @@ impl Function {
     /// any kernel writes.
     pub unsafe fn launch_early<A: Args>(&self, device: &Device, launch: Launch, args: &A) -> Result<(), Error> {
         // SAFETY: as the caller vouches.
-        unsafe { self.launch_with(device, launch, args, device.can_launch_early()) }
+        unsafe { self.launch_with(device.stream(), launch, args, device.can_launch_early()) }
     }
 
-    unsafe fn launch_with<A: Args>(&self, device: &Device, launch: Launch, args: &A, early: bool) -> Result<(), Error> {
+    unsafe fn launch_with<A: Args>(
+        &self,
+        stream: sys::CUstream,
+        launch: Launch,
+        args: &A,
+        early: bool,
+    ) -> Result<(), Error> {
         debug_assert!(launch.shared <= self.max_shared, "{launch:?}");
         if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
             return Ok(());
@@ -352,7 +376,7 @@ impl Function {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: launch.shared,
-            hStream: device.stream(),
+            hStream: stream,
             attrs: &mut attribute,
             numAttrs: u32::from(early),
         };

@@ -10,6 +10,7 @@ pub mod error;
 pub mod layout;
 pub mod ops;
 pub mod probe;
+pub mod stream;
 pub mod upload;
 
 mod attention;
@@ -27,3 +28,4 @@ pub use device::{Device, GpuInfo, gpus};
 pub use error::{Error, driver_calls};
 pub use head::can_sample;
 pub use ops::{Options, StateLayout};
+pub use stream::{HostShare, StreamLayout, Streamed};

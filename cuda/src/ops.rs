@@ -133,6 +133,11 @@ pub struct StateLayout {
 impl StateLayout {
     /// The layout for `blocks` and `options` on a GPU of `n_sms` multiprocessors.
     pub fn new(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Self {
+        Self::streaming(blocks, &[], options, n_sms)
+    }
+
+    /// As [`StateLayout::new`], where large batches also run the shares `streamed` of some blocks.
+    pub fn streaming(blocks: &[Block<Weight>], streamed: &[Block<Weight>], options: &Options, n_sms: usize) -> Self {
         let Options { n_slots, n_ctx, n_batch, kv } = *options;
         let mut ranges = Ranges::default();
         let (mut n_embd, mut projected, mut mixed, mut parts, mut n_vocab) = (0, 0, 0, 0, 0);
@@ -201,7 +206,8 @@ impl StateLayout {
         let projected = ranges.take(n_batch * projected * 4);
         let mixed = InputRanges::new(&mut ranges, n_batch * mixed);
         let parts = ranges.take(parts * 4);
-        let needed = crate::prompt::scratch_bytes(blocks, n_batch, n_batch.min(n_slots));
+        let needed = [blocks, streamed].map(|b| crate::prompt::scratch_bytes(b, n_batch, n_batch.min(n_slots)));
+        let needed = needed[0].max(needed[1]);
         let scratch = Range { offset, bytes: needed };
         ranges.take(needed.saturating_sub(ranges.total() - offset));
         Self {

@@ -12,6 +12,7 @@ use crate::dense::{self, Dense};
 use crate::device::Device;
 use crate::error::{During, Error};
 use crate::ops::{DeviceWeight, Linker};
+use crate::stream::Parts;
 use cudarc::driver::result;
 use std::collections::HashMap;
 use std::sync::OnceLock;
@@ -185,6 +186,7 @@ fn form(ty: TensorType, n_cols: usize, has_bf16: bool) -> Form {
 }
 
 /// Hands out parts of the scratch memory; with a base of zero it only counts.
+#[derive(Clone)]
 struct Scratch {
     base: Ptr,
     ranges: Ranges,
@@ -944,20 +946,40 @@ impl Prompt {
         self.gemm(c, &b.ssm_out, &s.out, n, x, None, true)
     }
 
-    /// Runs a feed-forward block over `x` `[n_tokens, n_embd]` f32, in place.
+    /// Runs a feed-forward block over `x` `[n_tokens, n_embd]` f32, in place: `b`, which may have no rows, and the parts of it that
+    /// are streamed.
     ///
     /// # Errors
     /// What the driver says.
-    pub fn ffn(&self, device: &Device, b: &Ffn<DeviceWeight>, t: &Tables, x: Ptr, scratch: Ptr) -> Result<(), Error> {
+    pub fn ffn(
+        &self,
+        device: &Device,
+        b: &Ffn<DeviceWeight>,
+        streamed: Option<Parts>,
+        t: &Tables,
+        x: Ptr,
+        scratch: Ptr,
+    ) -> Result<(), Error> {
         let n = t.n_tokens;
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, n);
         let h = s.forms(n * b.shape.n_embd, &[&b.ffn_gate.weight, &b.ffn_up.weight], self.has_bf16);
-        let linears = (&b.ffn_gate, &b.ffn_up, &b.ffn_down);
-        let pair = PairBuffers::new(&mut s, linears, n, b.shape.n_ff, false, self.has_bf16);
         self.norm_rows(c, x, &b.ffn_norm, Ptr::NULL, &h, n, b.shape.rms_eps)?;
-        self.gemm_pair(c, linears, &h, n, b.shape.n_ff, &pair, None)?;
-        self.gemm(c, &b.ffn_down, &pair.out, n, x, None, true)
+        let add = |b: &Ffn<DeviceWeight>| {
+            let linears = (&b.ffn_gate, &b.ffn_up, &b.ffn_down);
+            let pair = PairBuffers::new(&mut s.clone(), linears, n, b.shape.n_ff, false, self.has_bf16);
+            self.gemm_pair(c, linears, &h, n, b.shape.n_ff, &pair, None)?;
+            self.gemm(c, &b.ffn_down, &pair.out, n, x, None, true)
+        };
+        if b.shape.n_ff > 0 {
+            add(b)?;
+        }
+        let Some(mut parts) = streamed else { return Ok(()) };
+        while let Some(part) = parts.next_part()? {
+            let Block::Ffn(b) = &part.block else { unreachable!("a share is of its block's kind") };
+            add(b)?;
+        }
+        Ok(())
     }
 
     /// Runs a mixture of experts over `x` `[n_tokens, n_embd]` f32, in place.

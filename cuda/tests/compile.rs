@@ -10,7 +10,7 @@ use tandem_spec::{KvDtype, TensorType};
 /// Turing, Ampere, Ada, Hopper, Blackwell.
 const ARCHS: [&str; 7] = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"];
 
-fn nvrtc() -> Option<Nvrtc> {
+pub fn nvrtc() -> Option<Nvrtc> {
     let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
     match Nvrtc::load(libs.as_deref()) {
         Ok(nvrtc) => Some(nvrtc),
@@ -22,7 +22,7 @@ fn nvrtc() -> Option<Nvrtc> {
 }
 
 /// Compiles all of `programs` for all of `archs` on all cores and returns the compiler's reports.
-fn compile_all(nvrtc: &Nvrtc, programs: &[Program], archs: &[&str]) -> Vec<(String, String)> {
+pub fn compile_all(nvrtc: &Nvrtc, programs: &[Program], archs: &[&str]) -> Vec<(String, String)> {
     let jobs: Vec<(&Program, &str)> = programs.iter().flat_map(|p| archs.iter().map(move |a| (p, *a))).collect();
     let next = std::sync::atomic::AtomicUsize::new(0);
     let reports = std::sync::Mutex::new(Vec::new());

@@ -5,3 +5,4 @@ mod compile;
 mod gpu;
 mod prompt;
 mod sample;
+mod stream;

@@ -1,0 +1,608 @@
+//! Feed-forward weights that stay in main memory and come to the GPU for large batches: the CPU's packed panels are copied as
+//! they are, sorted into planes (`stream.cu`) on the device, and computed with while the next ones arrive. Every
+//! byte crosses the bus once, and nothing waits on the host. [`StreamLayout`] is the pure side (sizes for the planner).
+//!
+//! Weights that are computed with together are a unit: the matrices of an FFN, or some experts of a mixture. Three
+//! streams work at the same time: one copies panels into a ring of chunks, one sorts chunks into the planes of a
+//! slot, and the device's own computes with the slot that is full. Refuses a panel that is larger than a chunk.
+
+use crate::arena::{Arena, Ptr, Range, Ranges};
+use crate::compile::{Args, Function, Kernels, Launch, Program};
+use crate::device::Device;
+use crate::error::{During, Error};
+use crate::layout;
+use crate::ops::DeviceWeight;
+use cudarc::driver::{result, sys};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tandem_spec::{Block, Linear, Panels, TensorSource, TensorType, Weight, panel};
+
+/// Bytes of a chunk of panels on their way.
+const CHUNK_BYTES: usize = 16 << 20;
+/// Chunks of the ring.
+const N_CHUNKS: usize = 4;
+/// Slots for units: one is computed with while the other is filled.
+const N_SLOTS: usize = 2;
+/// Bytes of experts that make a unit.
+const EXPERTS_BYTES: usize = 128 << 20;
+/// Threads that pin mappings: the system's work for a page is most of the time.
+const N_PINNERS: usize = 8;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UnpackArgs {
+    source: Ptr,
+    weight: Ptr,
+    source_stride: u64,
+    weight_stride: u64,
+    n_rows: u32,
+    n_columns: u32,
+    n_panels: u32,
+    first: u32,
+}
+// SAFETY: mirrors UnpackArgs in stream.cu, which compares sizes.
+unsafe impl Args for UnpackArgs {}
+
+/// Blocks of a row that a thread block of `unpack` takes: such that its shared memory suits every chip.
+fn columns(ty: TensorType) -> usize {
+    match ty.row().block_len {
+        1 => 128,
+        32 => 32,
+        _ => 8,
+    }
+}
+
+/// Bytes of shared memory of `unpack`: planes, and rows a bank apart (ROW_BYTES in stream.cu).
+fn unpack_shared(ty: TensorType, panel_rows: usize) -> usize {
+    let row = columns(ty) * ty.row().block_bytes;
+    panel_rows * (row + row.next_multiple_of(128) + 4)
+}
+
+/// The program that sorts panels of `panel_rows` rows of a type into planes.
+pub fn program(ty: TensorType, panel_rows: usize) -> Program {
+    let fields: Vec<String> =
+        panel::fields(ty).iter().map(|f| format!("{{{},{},{}}}", f.offset, f.len, f.unit)).collect();
+    let planes: Vec<String> = layout::planes(ty).iter().map(usize::to_string).collect();
+    Program::new("stream.cu", include_str!("stream.cu"))
+        .args::<UnpackArgs>("UNPACK_ARGS")
+        .define("TYPE", ty as u32)
+        .define("BLOCK_BYTES", ty.row().block_bytes)
+        .define("PANEL_ROWS", panel_rows)
+        .define("COLUMNS", columns(ty))
+        .define("FIELDS", fields.join(","))
+        .define("N_FIELDS", fields.len())
+        .define("PLANES", planes.join(","))
+        .define("N_PLANES", planes.len())
+}
+
+/// What the host has of a block.
+pub struct HostShare {
+    /// Index of the block among the backend's.
+    pub block: usize,
+    /// The share, an FFN or a mixture of experts.
+    pub share: Block<Weight>,
+    /// Gate, up and down of an FFN; of a mixture the gates of its experts, then the ups, then the downs.
+    pub panels: Vec<Panels>,
+}
+
+/// The shares that are streamed, and for which batches.
+#[derive(Default)]
+pub struct Streamed {
+    /// Tokens of the smallest batch for which they are.
+    pub from: usize,
+    /// One a block.
+    pub shares: Vec<HostShare>,
+}
+
+impl Streamed {
+    /// The shares alone.
+    pub fn blocks(&self) -> Vec<Block<Weight>> {
+        self.shares.iter().map(|s| s.share.clone()).collect()
+    }
+}
+
+/// Gate, up and down of a share, and how many experts they are stacks of.
+fn stacks(share: &Block<Weight>) -> ([&Linear<Weight>; 3], usize) {
+    match share {
+        Block::Ffn(b) => ([&b.ffn_gate, &b.ffn_up, &b.ffn_down], 1),
+        Block::Moe(b) => ([&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps], b.experts.len()),
+        other => panic!("{} is no feed-forward block", other.name()),
+    }
+}
+
+/// A part of a share that is computed with at once.
+#[derive(Clone, Debug)]
+struct UnitLayout {
+    share: usize,
+    /// For each matrix its index among the share's panels, and its place in the slot.
+    matrices: Vec<(usize, Range)>,
+}
+
+/// Where everything lies on the device that streaming needs: a pure function of the shares.
+#[derive(Clone, Debug)]
+pub struct StreamLayout {
+    units: Vec<UnitLayout>,
+    slots: [Range; N_SLOTS],
+    chunks: [Range; N_CHUNKS],
+    /// By share: its weights that are no matrices.
+    vectors: Vec<Vec<(Weight, Range)>>,
+    total: usize,
+}
+
+impl StreamLayout {
+    /// The layout for `shares`.
+    pub fn new(shares: &[Block<Weight>]) -> Self {
+        let (mut units, mut vectors, mut slot_bytes, mut ranges) = (Vec::new(), Vec::new(), 0, Ranges::default());
+        for (i, share) in shares.iter().enumerate() {
+            let (linears, n_experts) = stacks(share);
+            let bytes = linears.map(|l| layout::weight_bytes(&l.weight) / n_experts.max(1));
+            let together = (EXPERTS_BYTES / bytes.iter().sum::<usize>().max(1)).clamp(1, n_experts.max(1));
+            for first in (0..n_experts).step_by(together) {
+                let mut slot = Ranges::default();
+                let experts = first..n_experts.min(first + together);
+                let of = |(m, bytes)| experts.clone().map(move |e| (m * n_experts + e, bytes));
+                let matrices = bytes.into_iter().enumerate().flat_map(of).map(|(m, bytes)| (m, slot.take(bytes)));
+                let matrices: Vec<_> = matrices.collect();
+                slot_bytes = slot_bytes.max(slot.total());
+                units.push(UnitLayout { share: i, matrices });
+            }
+            let mut others = Vec::new();
+            share.for_each(&mut |w| {
+                if linears.iter().all(|l| l.weight != *w) {
+                    others.push((w.clone(), ranges.take(layout::weight_bytes(w))));
+                }
+            });
+            vectors.push(others);
+        }
+        let slots = [(); N_SLOTS].map(|()| ranges.take(slot_bytes));
+        let chunks = [(); N_CHUNKS].map(|()| ranges.take(if shares.is_empty() { 0 } else { CHUNK_BYTES }));
+        Self { units, slots, chunks, vectors, total: ranges.total() }
+    }
+
+    /// Bytes of the arena.
+    pub fn bytes(&self) -> usize {
+        self.total
+    }
+}
+
+/// Mappings that are pinned, by address, and their users.
+static PINNED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// Pinned mappings: the bus reads them at full speed and without the processor.
+struct Pins(Vec<usize>);
+
+impl Pins {
+    /// Pins `mappings`, several at a time. What the system refuses to pin stays as it is: the driver then copies it through
+    /// memory of its own, at a third of the rate.
+    fn new(device: &Device, mappings: &[std::ops::Range<usize>]) -> Self {
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing: Vec<_> = mappings.iter().filter(|m| !pinned.contains_key(&m.start)).collect();
+        let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            for _ in 0..N_PINNERS.min(missing.len()) {
+                scope.spawn(|| {
+                    while let Some(mapping) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        // Every context may copy from it.
+                        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
+                        // SAFETY: the mapping lives as long as the panels in it, which outlive their pins.
+                        let registered =
+                            || unsafe { sys::cuMemHostRegister_v2(mapping.start as *mut _, mapping.len(), flags) };
+                        if device.bind().is_ok() && registered().result().is_ok() {
+                            done.lock().unwrap_or_else(PoisonError::into_inner).push(mapping.start);
+                        }
+                    }
+                });
+            }
+        });
+        for start in done.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            pinned.insert(start, 0);
+        }
+        let all = mappings.iter().map(|m| m.start).filter(|start| pinned.contains_key(start)).collect::<Vec<_>>();
+        all.iter().for_each(|start| *pinned.get_mut(start).expect("in the map") += 1);
+        Self(all)
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        for start in &self.0 {
+            let users = pinned.get_mut(start).expect("pinned in `new`");
+            *users -= 1;
+            if *users == 0 {
+                pinned.remove(start);
+                // SAFETY: registered in `new`; nobody copies from it any more.
+                let _ = unsafe { sys::cuMemHostUnregister(*start as *mut _) };
+            }
+        }
+    }
+}
+
+/// A copy of panels, and what sorts them into planes.
+struct Chunk {
+    /// First byte in main memory, and their number.
+    host: usize,
+    bytes: usize,
+    function: Function,
+    launch: Launch,
+    /// `source` is what to take from the address of the chunk.
+    args: UnpackArgs,
+}
+
+/// A part of a block on the device.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    /// The share with the addresses of the unit.
+    pub block: Block<DeviceWeight>,
+}
+
+struct Unit {
+    part: Part,
+    chunks: Vec<Chunk>,
+}
+
+/// A stream and its events, destroyed with it.
+struct Queue(sys::CUstream);
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // SAFETY: created in `Streamer::new`, drained before.
+        let _ = unsafe { result::stream::destroy(self.0) };
+    }
+}
+
+struct Event(sys::CUevent);
+
+impl Event {
+    fn new() -> Result<Self, Error> {
+        Ok(Self(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("creating an event")?))
+    }
+
+    /// Marks what `stream` has been given so far.
+    fn record(&self, stream: sys::CUstream) -> Result<(), Error> {
+        // SAFETY: both are alive.
+        unsafe { result::event::record(self.0, stream) }.during("recording an event")
+    }
+
+    /// Lets `stream` go on only when what was marked last is done.
+    fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive.
+        unsafe { result::stream::wait_event(stream, self.0, flags) }.during("waiting for an event")
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+/// Two events of a piece of memory: it is full, it may be filled.
+struct Turns {
+    full: Event,
+    free: Event,
+}
+
+impl Turns {
+    fn new() -> Result<Self, Error> {
+        Ok(Self { full: Event::new()?, free: Event::new()? })
+    }
+}
+
+/// Streams the units of a backend's blocks, in order.
+pub(crate) struct Streamer {
+    units: Vec<Unit>,
+    /// Units by block: index of the block, then its units.
+    blocks: Vec<(usize, std::ops::Range<usize>)>,
+    /// The next unit to load, and the end of those that this batch needs.
+    next: usize,
+    end: usize,
+    next_chunk: usize,
+    chunks: Vec<(Ptr, Turns)>,
+    slots: Vec<Turns>,
+    unpinned_bytes: usize,
+    copies: Queue,
+    sorts: Queue,
+    _pins: Pins,
+    /// Keeps the panels alive.
+    _shares: Vec<HostShare>,
+    arena: Arena,
+    device: Arc<Device>,
+}
+
+// SAFETY: driver handles may be used from any thread whose context is current, and the addresses are those of memory that
+// `_shares` keeps.
+unsafe impl Send for Streamer {}
+
+impl Streamer {
+    /// Memory, streams and copies for `shares`, whose small weights are read from `source`. Programs ([`programs`]) must be
+    /// prepared. `planned` is for an out-of-memory message.
+    ///
+    /// # Errors
+    /// A panel that is too large, no memory, or what the driver says.
+    pub fn new(
+        device: &Arc<Device>,
+        kernels: &Kernels,
+        shares: Vec<HostShare>,
+        source: &dyn TensorSource,
+        planned: usize,
+    ) -> Result<Self, Error> {
+        let blocks: Vec<_> = shares.iter().map(|s| s.share.clone()).collect();
+        if let Some(block) = blocks.iter().find(|b| matches!(b, Block::Moe(_))) {
+            return Err(Error::Unsupported(format!("{}: mixtures of experts are not streamed", block.name())));
+        }
+        let layout = StreamLayout::new(&blocks);
+        let arena = Arena::new(device, "buffers for streamed weights", layout.bytes(), planned)?;
+        for (weight, range) in layout.vectors.iter().flatten().filter(|(_, range)| range.bytes > 0) {
+            arena.write(*range, &weight.runs(source).collect::<Vec<_>>().concat())?;
+        }
+        let (mut units, mut of_blocks) = (Vec::new(), Vec::<(usize, std::ops::Range<usize>)>::new());
+        for (number, unit) in layout.units.iter().enumerate() {
+            let share = &shares[unit.share];
+            let (linears, n_experts) = stacks(&share.share);
+            assert_eq!(share.panels.len(), 3 * n_experts, "matrices of {}", share.share.name());
+            let slot = arena.ptr(layout.slots[number % N_SLOTS]);
+            let matrices: Vec<(&Panels, Ptr)> =
+                unit.matrices.iter().map(|(m, range)| (&share.panels[*m], slot.offset(range.offset))).collect();
+            let n = unit.matrices.len() / 3;
+            for (i, (panels, _)) in matrices.iter().enumerate() {
+                let w = &linears[i / n].weight;
+                let found = (panels.ty, panels.n_rows, panels.n_cols);
+                assert_eq!(found, (w.ty, w.n_rows() / n_experts, w.n_cols), "panels of {}", w.name);
+            }
+            let Ok(block) = share.share.try_map(&mut |w| {
+                let matrix = linears.iter().position(|l| l.weight == *w).map(|m| matrices[m * n].1);
+                let vector = || layout.vectors[unit.share].iter().find(|(v, _)| v == w).map(|(_, r)| arena.ptr(*r));
+                let ptr = matrix.or_else(vector).expect("every weight has a place");
+                Ok::<_, Infallible>(DeviceWeight { ptr, ..DeviceWeight::unplaced(w) })
+            });
+            units.push(Unit { part: Part { block }, chunks: chunks(&matrices, kernels)? });
+            match of_blocks.last_mut() {
+                Some((block, units)) if *block == share.block => units.end = number + 1,
+                _ => of_blocks.push((share.block, number..number + 1)),
+            }
+        }
+        assert!(of_blocks.is_sorted_by_key(|(block, _)| *block), "shares in the order of their blocks, one a block");
+        let mut mappings: Vec<_> =
+            shares.iter().flat_map(|s| &s.panels).map(|p| (p.memory.mapping().start, p.memory.mapping().end)).collect();
+        mappings.sort();
+        mappings.dedup();
+        let mappings: Vec<_> = mappings.into_iter().map(|(start, end)| start..end).collect();
+        let pins = Pins::new(device, &mappings);
+        let is_pinned = |p: &&Panels| pins.0.contains(&p.memory.mapping().start);
+        let unpinned = shares.iter().flat_map(|s| &s.panels).filter(|p| !is_pinned(p));
+        let unpinned_bytes = unpinned.map(|p| p.n_panels() * p.panel_bytes()).sum();
+        let queue = |priority| {
+            let kind = result::stream::StreamKind::NonBlocking;
+            Ok::<_, Error>(Queue(result::stream::create_with_priority(kind, priority).during("creating a stream")?))
+        };
+        let (least, greatest) = result::stream::get_priority_range().during("asking for priorities")?;
+        Ok(Self {
+            units,
+            blocks: of_blocks,
+            next: 0,
+            end: 0,
+            next_chunk: 0,
+            chunks: layout
+                .chunks
+                .iter()
+                .map(|range| Ok((arena.ptr(*range), Turns::new()?)))
+                .collect::<Result<_, Error>>()?,
+            slots: (0..N_SLOTS).map(|_| Turns::new()).collect::<Result<_, _>>()?,
+            unpinned_bytes,
+            copies: queue(least)?,
+            // The short kernels that sort go ahead of long products: what they fill is waited for next.
+            sorts: queue(greatest)?,
+            _pins: pins,
+            _shares: shares,
+            arena,
+            device: device.clone(),
+        })
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.arena.bytes()
+    }
+
+    /// Bytes of panels that could not be pinned.
+    pub fn unpinned_bytes(&self) -> usize {
+        self.unpinned_bytes
+    }
+
+    /// Prepares a batch through the blocks `blocks`: the first units begin to arrive.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn begin(&mut self, blocks: std::ops::Range<usize>) -> Result<(), Error> {
+        // A batch that failed may have left slots in use.
+        self.slots.iter().try_for_each(|slot| slot.free.record(self.device.stream()))?;
+        let units = |end: usize| {
+            self.blocks.iter().filter(|(block, _)| *block < end).map(|(_, units)| units.end).max().unwrap_or(0)
+        };
+        (self.next, self.end) = (units(blocks.start), units(blocks.end));
+        (0..N_SLOTS).try_for_each(|_| self.load_next())
+    }
+
+    /// The units of block `block`, one after the other.
+    pub fn parts(&mut self, block: usize) -> Parts<'_> {
+        let units = self.blocks.iter().find(|(b, _)| *b == block).map_or(0..0, |(_, units)| units.clone());
+        Parts { streamer: self, units, is_open: false }
+    }
+
+    /// Queues the copies of the next unit that this batch needs.
+    fn load_next(&mut self) -> Result<(), Error> {
+        if self.next == self.end {
+            return Ok(());
+        }
+        let (unit, slot) = (&self.units[self.next], &self.slots[self.next % N_SLOTS]);
+        self.next += 1;
+        slot.free.hold(self.sorts.0)?;
+        for chunk in &unit.chunks {
+            let (ptr, turns) = &self.chunks[self.next_chunk];
+            self.next_chunk = (self.next_chunk + 1) % N_CHUNKS;
+            turns.free.hold(self.copies.0)?;
+            // SAFETY: the panels live as long as `self`, which drains the stream before it goes; a chunk fits its place.
+            unsafe {
+                let bytes = std::slice::from_raw_parts(chunk.host as *const u8, chunk.bytes);
+                result::memcpy_htod_async(ptr.0, bytes, self.copies.0).during("streaming weights")?;
+            }
+            turns.full.record(self.copies.0)?;
+            turns.full.hold(self.sorts.0)?;
+            let args = UnpackArgs { source: Ptr(ptr.0.wrapping_sub(chunk.args.source.0)), ..chunk.args };
+            // SAFETY: the chunk holds the panels of the launch, the slot their matrices.
+            unsafe { chunk.function.launch_on(self.sorts.0, chunk.launch, &args)? };
+            turns.free.record(self.sorts.0)?;
+        }
+        slot.full.record(self.sorts.0)
+    }
+}
+
+impl Drop for Streamer {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            let _ = self.device.wait("the last step");
+            // SAFETY: both streams are alive.
+            unsafe {
+                let _ = result::stream::synchronize(self.copies.0);
+                let _ = result::stream::synchronize(self.sorts.0);
+            }
+        }
+    }
+}
+
+/// The parts of a block as they arrive.
+pub(crate) struct Parts<'s> {
+    streamer: &'s mut Streamer,
+    units: std::ops::Range<usize>,
+    is_open: bool,
+}
+
+impl Parts<'_> {
+    /// Gives the last part's place back and returns the next part: what is queued on the device's stream from here on
+    /// finds it complete.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn next_part(&mut self) -> Result<Option<&Part>, Error> {
+        let stream = self.streamer.device.stream();
+        if self.is_open {
+            self.streamer.slots[(self.units.start - 1) % N_SLOTS].free.record(stream)?;
+            self.streamer.load_next()?;
+            self.is_open = false;
+        }
+        let Some(unit) = self.units.next() else { return Ok(None) };
+        assert!(unit < self.streamer.next, "unit {unit} is not under way: blocks run in order");
+        self.streamer.slots[unit % N_SLOTS].full.hold(stream)?;
+        self.is_open = true;
+        Ok(Some(&self.streamer.units[unit].part))
+    }
+}
+
+/// The programs that `shares` need.
+pub(crate) fn programs(shares: &[HostShare]) -> Vec<Program> {
+    let mut keys: Vec<_> = shares.iter().flat_map(|s| &s.panels).map(|p| (p.ty, p.panel_rows)).collect();
+    keys.sort();
+    keys.dedup();
+    keys.into_iter().map(|(ty, panel_rows)| program(ty, panel_rows)).collect()
+}
+
+/// The copies that bring `matrices` to their addresses.
+fn chunks(matrices: &[(&Panels, Ptr)], kernels: &Kernels) -> Result<Vec<Chunk>, Error> {
+    let address = |i: usize| matrices[i].0.memory.bytes().as_ptr() as usize;
+    let shape = |i: usize| {
+        let p = matrices[i].0;
+        (p.ty, p.n_rows, p.n_cols, p.panel_rows, p.memory.mapping())
+    };
+    let mut chunks = Vec::new();
+    let mut first = 0;
+    while first < matrices.len() {
+        let (panels, weight) = matrices[first];
+        let (n_panels, panel_bytes) = (panels.n_panels(), panels.panel_bytes());
+        let most = panels.memory.bytes().len();
+        assert!(n_panels * panel_bytes <= most, "{most} bytes for {n_panels} panels of {panel_bytes}");
+        if panel_bytes > CHUNK_BYTES {
+            let reason = format!("{} rows of {} elements are too large to stream", panels.panel_rows, panels.n_cols);
+            return Err(Error::Unsupported(reason));
+        }
+        // Matrices of one shape, side by side and equally far apart on both sides, go together.
+        let strides = |i: usize| (address(i).wrapping_sub(address(i - 1)), matrices[i].1.0 - matrices[i - 1].1.0);
+        let end = (first + 1..matrices.len())
+            .find(|&i| shape(i) != shape(first) || strides(i) != strides(first + 1) || strides(i).0 != most)
+            .unwrap_or(matrices.len());
+        let (source_stride, weight_stride) = if end > first + 1 { strides(first + 1) } else { (most, 0) };
+        let start = |panel: usize| panel / n_panels * source_stride + panel % n_panels * panel_bytes;
+        let function = kernels.function(
+            &program(panels.ty, panels.panel_rows),
+            "unpack",
+            unpack_shared(panels.ty, panels.panel_rows),
+        )?;
+        let n_columns = panels.n_cols / panels.ty.row().block_len;
+        let n = |n: usize| u32::try_from(n).expect("a matrix has fewer than 2^32 rows and blocks of a row");
+        let (mut at, total) = (0, (end - first) * n_panels);
+        while at < total {
+            let mut next = at + 1;
+            while next < total && start(next) + panel_bytes - start(at) <= CHUNK_BYTES {
+                next += 1;
+            }
+            chunks.push(Chunk {
+                host: address(first) + start(at),
+                bytes: start(next - 1) + panel_bytes - start(at),
+                function,
+                launch: Launch::grid(next - at, n_columns.div_ceil(columns(panels.ty)), 1, 256)
+                    .shared(unpack_shared(panels.ty, panels.panel_rows)),
+                args: UnpackArgs {
+                    source: Ptr(start(at) as u64),
+                    weight,
+                    source_stride: source_stride as u64,
+                    weight_stride,
+                    n_rows: n(panels.n_rows),
+                    n_columns: n(n_columns),
+                    n_panels: n(n_panels),
+                    first: n(at),
+                },
+            });
+            at = next;
+        }
+        first = end;
+    }
+    Ok(chunks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_spec::testing::Maker;
+    use tandem_spec::{FfnShape, MoeShape};
+
+    /// Slots hold the largest unit, experts are cut into units, and no two matrices of a unit overlap.
+    #[test]
+    fn units_fit_their_slots() {
+        let mut maker = Maker::new(1, &[TensorType::Q8_0]);
+        let ffn = Block::Ffn(maker.ffn(0, &FfnShape { n_embd: 256, n_ff: 512, rms_eps: 1e-6 }));
+        let shape = MoeShape { n_embd: 1024, n_experts: 96, n_used: 2, n_ff: 512, n_ff_shared: 64, rms_eps: 1e-6 };
+        let moe = Block::Moe(maker.moe(1, &shape)).share(5..96, false);
+        let layout = StreamLayout::new(&[ffn, moe]);
+        let expert_bytes = 3 * 1024 * 512 / 32 * 34;
+        let together = EXPERTS_BYTES / expert_bytes;
+        assert_eq!(layout.units.len(), 1 + 91usize.div_ceil(together));
+        let mut seen = vec![0; 3 * 91];
+        for unit in &layout.units {
+            let mut end = 0;
+            for (matrix, range) in &unit.matrices {
+                assert!(range.offset >= end && range.offset + range.bytes <= layout.slots[0].bytes);
+                end = range.offset + range.bytes;
+                if unit.share == 1 {
+                    seen[*matrix] += 1;
+                }
+            }
+        }
+        assert!(seen.iter().all(|n| *n == 1));
+        assert_eq!(layout.vectors.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2], "norms, and a router without rows");
+        assert!(StreamLayout::new(&[]).bytes() == 0);
+    }
+}
