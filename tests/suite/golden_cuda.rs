@@ -12,8 +12,19 @@ use tandem_spec::{Batch, KvDtype};
 /// Floats throughout: rounding of f32 sums, and of the chip's own exp and log, over a whole model.
 const BOUND_FLOAT: f64 = 5e-5;
 
+/// Prompts in batches of many tokens. The kernels for few tokens run here too, in the chunks of 7.
 #[test]
-fn cuda_gives_the_golden_logits() {
+fn cuda_gives_the_golden_logits_in_chunks() {
+    check_golden(&[200, 64, 7], false);
+}
+
+#[test]
+fn cuda_gives_the_golden_logits_token_by_token() {
+    check_golden(&[1], true);
+}
+
+/// Every golden model, its prompts in chunks of so many tokens, and by the decode graph.
+fn check_golden(chunks: &[usize], by_graph: bool) {
     let Some((device, compiler)) = gpu() else { return };
     let mut failed = Vec::new();
     for golden in golden_models() {
@@ -37,7 +48,7 @@ fn cuda_gives_the_golden_logits() {
                     failed.push(format!("{} {} {how}: {error:.2e} over {bound:.2e}", golden.name, prompt["name"]));
                 }
             };
-            for chunk in [200, 64, 7, 1] {
+            for &chunk in chunks {
                 let mut got = Vec::new();
                 for (at, part) in ids.chunks(chunk).enumerate().map(|(i, part)| (i * chunk, part)) {
                     let mut batch = Batch::single(1, at, part, false);
@@ -47,6 +58,9 @@ fn cuda_gives_the_golden_logits() {
                     got.extend(logits);
                 }
                 check(&format!("chunks {chunk}"), &got);
+            }
+            if !by_graph {
+                continue;
             }
             let mut got = Vec::new();
             for (position, token) in ids.iter().enumerate() {
@@ -60,6 +74,9 @@ fn cuda_gives_the_golden_logits() {
                 }
             }
             check("graph", &got);
+        }
+        if !by_graph {
+            continue;
         }
         let slots = [0, 1].map(|slot| Feed { slot, position: 0, token: 1 + slot as u32 });
         let two = backend.decode(&mut state, &slots).unwrap();
