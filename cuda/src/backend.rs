@@ -10,22 +10,25 @@ use crate::device::Device;
 use crate::error::{During, Error};
 use crate::ffn::FfnOp;
 use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
+use crate::layout::{self, ExpertSlot};
 use crate::moe::MoeOp;
-use crate::ops::{DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
+use crate::ops::{Constants, DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
 use crate::prompt::{Prompt, Tables};
 use crate::stream::{self, Parts, StreamLayout, Streamed, Streamer};
-use crate::{layout, upload};
+use crate::upload;
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
-use tandem_spec::{Batch, Block, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
+use tandem_spec::{Batch, Block, Linear, Moe, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
 /// use (tied embeddings) lies there once.
 #[derive(Clone, Debug)]
 pub struct WeightsLayout {
-    ranges: HashMap<Weight, Range>,
+    items: HashMap<Weight, upload::Item>,
+    /// Routed experts of mixtures: the table `[n_experts]` u64, the slots, and how these are divided.
+    experts: Vec<Option<(Range, Range, ExpertSlot)>>,
     /// Rotary frequencies of attention blocks, `[n_rot / 2]` f64.
     frequencies: Vec<Option<Range>>,
     total: usize,
@@ -35,18 +38,32 @@ impl WeightsLayout {
     /// The layout of `blocks`.
     pub fn new(blocks: &[Block<Weight>]) -> Self {
         let mut taken = Ranges::default();
-        let mut ranges = HashMap::new();
-        let mut frequencies = Vec::new();
+        let mut items = HashMap::new();
+        let (mut experts, mut frequencies) = (Vec::new(), Vec::new());
         for block in blocks {
+            experts.push(match block {
+                Block::Moe(b) => {
+                    let slot = ExpertSlot::new(b, |w| w.ty);
+                    let table = taken.take(8 * b.shape.n_experts);
+                    let slots = taken.take(b.experts.len() * slot.bytes);
+                    for (part, linear) in slot.parts.iter().zip(stacks(b)) {
+                        let (weight, n) = (linear.weight.clone(), b.experts.len());
+                        items.insert(weight.clone(), upload::Item::stack(weight, slots, *part, n, slot.bytes));
+                    }
+                    Some((table, slots, slot))
+                }
+                _ => None,
+            });
             block.for_each(&mut |w| {
-                ranges.entry(w.clone()).or_insert_with(|| taken.take(layout::weight_bytes(w)));
+                let item = || upload::Item::whole(w.clone(), taken.take(layout::weight_bytes(w)));
+                items.entry(w.clone()).or_insert_with(item);
             });
             frequencies.push(match block {
                 Block::Attention(b) => Some(taken.take(b.shape.rope.n_rot / 2 * 8)),
                 _ => None,
             });
         }
-        Self { ranges, frequencies, total: taken.total() }
+        Self { items, experts, frequencies, total: taken.total() }
     }
 
     /// Bytes of the weight arena.
@@ -55,17 +72,30 @@ impl WeightsLayout {
     }
 
     fn range(&self, weight: &Weight) -> Range {
-        self.ranges[weight]
+        self.items[weight].range
     }
+}
+
+/// The stacks of routed experts of a mixture: gate, up and down.
+fn stacks<W>(b: &Moe<W>) -> [&Linear<W>; 3] {
+    [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps]
 }
 
 /// Calls `f` with the name of every tensor of a block (or of a share of one) and the bytes that it takes in the weight
 /// arena, alignment included.
 pub fn for_each_weight(block: &Block<Weight>, f: &mut dyn FnMut(&str, u64)) {
     let aligned = |bytes: usize| bytes.next_multiple_of(ALIGN) as u64;
-    block.for_each(&mut |w| f(&w.name, aligned(layout::weight_bytes(w))));
-    if let Block::Attention(b) = block {
-        f("rotary frequencies", aligned(b.shape.rope.n_rot / 2 * 8));
+    block.for_each(&mut |w| {
+        let n_matrices = match block {
+            Block::Moe(b) if stacks(b).iter().any(|l| l.weight == *w) => b.experts.len(),
+            _ => 1,
+        };
+        f(&w.name, n_matrices as u64 * aligned(layout::weight_bytes(w) / n_matrices.max(1)));
+    });
+    match block {
+        Block::Attention(b) => f("rotary frequencies", aligned(b.shape.rope.n_rot / 2 * 8)),
+        Block::Moe(b) => f("table of experts", aligned(8 * b.shape.n_experts)),
+        _ => {}
     }
 }
 
@@ -76,7 +106,7 @@ pub fn for_each_weight(block: &Block<Weight>, f: &mut dyn FnMut(&str, u64)) {
 pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Result<Vec<Program>, Error> {
     let mut linker = Linker::collecting(n_sms);
     for block in blocks {
-        Op::new(&mut linker, unplaced(block), (Ptr::NULL, 1.0), options)?;
+        Op::new(&mut linker, unplaced(block), Constants::NONE, options)?;
     }
     let placed: Vec<_> = blocks.iter().map(unplaced).collect();
     Prompt::new(&mut linker, &placed, options.kv, (8, 0))?;
@@ -113,15 +143,17 @@ impl Op {
     fn new(
         linker: &mut Linker,
         block: Block<DeviceWeight>,
-        freq: (Ptr, f64),
+        constants: Constants,
         options: &Options,
     ) -> Result<Self, Error> {
         Ok(match block {
             Block::Embed(b) => Op::Embed(Embed::new(linker, &b)?),
-            Block::Attention(b) => Op::Attention(AttentionOp::new(linker, b, freq, options)?),
+            Block::Attention(b) => {
+                Op::Attention(AttentionOp::new(linker, b, (constants.freq, constants.magnitude), options)?)
+            }
             Block::DeltaNet(b) => Op::DeltaNet(DeltaNetOp::new(linker, b)?),
             Block::Ffn(b) => Op::Ffn(FfnOp::new(linker, b)?),
-            Block::Moe(b) => Op::Moe(MoeOp::new(linker, b)?),
+            Block::Moe(b) => Op::Moe(MoeOp::new(linker, b, constants.experts)?),
             Block::Head(b) => Op::Head(HeadOp::new(linker, b)?),
         })
     }
@@ -178,8 +210,7 @@ pub struct Backend {
     prompt_from: usize,
     /// Tokens of the smallest batch for which the host's shares are streamed, and what streams them.
     streamer: Option<(usize, Mutex<Streamer>)>,
-    /// With the rotary frequencies of attention blocks and their magnitude.
-    blocks: Vec<(Block<DeviceWeight>, (Ptr, f64))>,
+    blocks: Vec<(Block<DeviceWeight>, Constants)>,
     names: Vec<String>,
     n_embd: usize,
     n_vocab: Option<usize>,
@@ -243,20 +274,28 @@ impl Backend {
         let mut seen = std::collections::HashSet::new();
         for block in blocks {
             block.for_each(&mut |w| {
-                let range = weights_layout.range(w);
-                // A share may have none of a weight's rows: its range is empty and begins where the next one does.
-                if range.bytes > 0 && seen.insert(range.offset) {
-                    items.push(upload::Item { weight: w.clone(), range });
+                let item = &weights_layout.items[w];
+                if item.range.bytes > 0 && seen.insert(item.range.offset) {
+                    items.push(item.clone());
                 }
             });
         }
-        let total = items.iter().map(|i| i.range.bytes).sum();
+        let total = items.iter().map(|i| i.weight.n_bytes()).sum();
         upload::upload(device, &kernels, &weights, &items, source, planned, &mut |done| progress(done, total))?;
 
         let (mut ops, mut placed_blocks) = (Vec::new(), Vec::new());
         let mut linker = Linker::resolving(&kernels, n_sms);
-        for (block, frequencies) in blocks.iter().zip(&weights_layout.frequencies) {
-            let mut freq = (Ptr::NULL, 1.0);
+        for ((block, frequencies), experts) in
+            blocks.iter().zip(&weights_layout.frequencies).zip(&weights_layout.experts)
+        {
+            let mut constants = Constants::NONE;
+            if let (Block::Moe(b), Some((table, slots, slot))) = (block, experts) {
+                let first = weights.ptr(*slots);
+                let address = |e| b.experts.contains(&e).then(|| first.offset((e - b.experts.start) * slot.bytes).0);
+                let addresses: Vec<u64> = (0..b.shape.n_experts).map(|e| address(e).unwrap_or(0)).collect();
+                weights.write(*table, &addresses)?;
+                constants.experts = weights.ptr(*table);
+            }
             if let (Block::Attention(b), Some(range)) = (block, frequencies) {
                 let divisors: Option<Vec<f32>> = b.rope_freqs.as_ref().map(|w| {
                     let bytes = w.runs(source).collect::<Vec<_>>().concat();
@@ -264,14 +303,14 @@ impl Backend {
                 });
                 let (values, magnitude) = b.shape.rope.frequencies(divisors.as_deref());
                 weights.write(*range, &values)?;
-                freq = (weights.ptr(*range), magnitude);
+                (constants.freq, constants.magnitude) = (weights.ptr(*range), magnitude);
             }
             let Ok(placed) = block.try_map(&mut |w| {
                 let ptr = weights.ptr(weights_layout.range(w));
                 Ok::<_, Infallible>(DeviceWeight { ptr, ..DeviceWeight::unplaced(w) })
             });
-            placed_blocks.push((placed.clone(), freq));
-            ops.push(Op::new(&mut linker, placed, freq, options)?);
+            placed_blocks.push((placed.clone(), constants));
+            ops.push(Op::new(&mut linker, placed, constants, options)?);
         }
         let all: Vec<_> = placed_blocks.iter().map(|(b, _)| b.clone()).collect();
         let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability())?;
@@ -513,13 +552,13 @@ impl Backend {
     ) -> Result<(), Error> {
         let (prompt, device, x, state) = (&self.prompt, &self.device, step.x, step.state);
         match &self.blocks[i] {
-            (Block::Attention(b), freq) => {
+            (Block::Attention(b), constants) => {
                 let cache = (state[0], state[1], self.options.n_ctx, self.options.kv);
-                prompt.attention(device, b, tables, x, cache, *freq, scratch)
+                prompt.attention(device, b, tables, x, cache, *constants, scratch)
             }
             (Block::DeltaNet(b), _) => prompt.delta_net(device, b, tables, x, state, scratch),
             (Block::Ffn(b), _) => prompt.ffn(device, b, parts, tables, x, scratch),
-            (Block::Moe(b), _) => prompt.moe(device, b, tables, x, scratch),
+            (Block::Moe(b), constants) => prompt.moe(device, b, tables, x, constants.experts, scratch),
             (Block::Embed(_) | Block::Head(_), _) => unreachable!("one kernel for any number of tokens"),
         }
     }

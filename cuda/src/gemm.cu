@@ -7,17 +7,19 @@
 // tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32 and gemm_f32_tile, 1 for decode_rows, which only decodes).
 #include "unit.cuh"
 
-// `n` rows of X that go through one expert's weights; rows [first, first + n) of Y.
+// `n` rows of X that go through one expert's weights, which lie in its slot; rows [first, first + n) of Y.
 struct RowTile {
+    u64 slot;
     int expert;
     int first;
     int n;
+    int pad;
 };
 
 struct GemmArgs {
-    const u8* w;             // planes of [n_experts * n_out, n_in]
-    const u8* w2;            // PAIR: up
-    u64 n_blocks;            // blocks of the whole tensor
+    u64 w;                   // planes of [n_out, n_in]: of a stack's expert, counted from its slot
+    u64 w2;                  // PAIR: up
+    u64 n_blocks;            // blocks of one matrix
     const void* x;           // [.., n_in] 16-bit (gemm_f32: f32)
     const int* gather;       // row of x for each row of y, or null
     const RowTile* tiles;    // [gridDim.y], or null: one weight, rows [0, n_rows)
@@ -41,6 +43,7 @@ static_assert(sizeof(GemmArgs) == GEMM_ARGS, "GemmArgs differs from prompt.rs");
         if ((int)blockIdx.y >= *a.n_tiles) return false;
         t = a.tiles[blockIdx.y];
     } else {
+        t.slot = 0;
         t.expert = 0;
         t.first = blockIdx.y * height;
         t.n = min(height, a.n_rows - t.first);
@@ -82,8 +85,8 @@ KERNEL __launch_bounds__(256) gemm_tile(const GemmArgs a) {
     const int wr = tid >> 1, half = tid & 1;
     const int out0 = blockIdx.x * (PAIR ? 64 : 128);
     const int out = min(out0 + (PAIR ? (wr >> 5) * 16 + (wr & 15) : wr), a.n_out - 1);
-    const u8* source = PAIR && (wr & 16) ? a.w2 : a.w;
-    const u64 unit0 = ((u64)tile.expert * a.n_out + out) * units + half;
+    const u8* source = (const u8*)(tile.slot + (PAIR && (wr & 16) ? a.w2 : a.w));
+    const u64 unit0 = (u64)out * units + half;
     Source::Raw raw;
 
     auto load_w = [&](int step) {
@@ -250,8 +253,8 @@ KERNEL __launch_bounds__(256, 1) gemm_rows(const GemmArgs a) {
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            unit0[i][h] = ((u64)tile.expert * a.n_out + min(out0 + (PAIR ? 0 : i * 16) + r + h * 8, a.n_out - 1)) * units + c;
-    const u8* source[2] = {a.w, PAIR ? a.w2 : a.w};
+            unit0[i][h] = (u64)min(out0 + (PAIR ? 0 : i * 16) + r + h * 8, a.n_out - 1) * units + c;
+    const u8* source[2] = {(const u8*)(tile.slot + a.w), (const u8*)(tile.slot + (PAIR ? a.w2 : a.w))};
     const u16* x_row[NT];
     bool x_valid[NT];
 #pragma unroll
@@ -348,7 +351,8 @@ KERNEL __launch_bounds__(256) gemm_f32(const GemmArgs a) {
     if (!find_tile(a, 8, tile)) return;
     const int lane = threadIdx.x & 31, out = blockIdx.x * 16 + (threadIdx.x >> 5) * 2;
     if (out >= a.n_out) return;
-    const u64 w0 = ((u64)tile.expert * a.n_out + out) * a.n_in, w1 = out + 1 < a.n_out ? w0 + a.n_in : w0;
+    const u8* w = (const u8*)(tile.slot + a.w);
+    const u64 w0 = (u64)out * a.n_in, w1 = out + 1 < a.n_out ? w0 + a.n_in : w0;
     const float* x[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -357,7 +361,7 @@ KERNEL __launch_bounds__(256) gemm_f32(const GemmArgs a) {
     }
     float acc[2][8] = {};
     for (int k = lane; k < a.n_in; k += 32) {
-        const float u = weight_f32(a.w, w0 + k), v = weight_f32(a.w, w1 + k);
+        const float u = weight_f32(w, w0 + k), v = weight_f32(w, w1 + k);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const float xi = x[i][k];
@@ -385,7 +389,7 @@ KERNEL __launch_bounds__(256) gemm_f32_tile(const GemmArgs a) {
     RowTile tile;
     if (!find_tile(a, 64, tile)) return;
     const int out0 = blockIdx.x * 64;
-    const float* w = (const float*)a.w + (u64)tile.expert * a.n_out * a.n_in;
+    const float* w = (const float*)(tile.slot + a.w);
     auto load = [&](int step) {
         float *to_w = ws[step & 1], *to_x = xs[step & 1];
         const int k0 = step * K;

@@ -12,7 +12,8 @@
 //!   `mn >> 2` (even sub-block low), after d and dmin; Q3_K scales become eight bytes of the low nibbles of
 //!   scales `2 u` (low) and `2 u + 1` (high), then eight nibbles `hi2(2 u) | hi2(2 u + 1) << 2`.
 
-use tandem_spec::{DeltaNetShape, TensorType, Weight};
+use crate::arena::{Range, Ranges};
+use tandem_spec::{DeltaNetShape, Linear, Moe, TensorType, Weight};
 
 /// Bytes per block of each plane, in order; they add up to the bytes of the block in the file.
 ///
@@ -48,6 +49,31 @@ pub fn bytes(n_rows: usize, n_cols: usize, ty: TensorType) -> usize {
 /// As [`bytes`].
 pub fn weight_bytes(weight: &Weight) -> usize {
     bytes(weight.n_rows(), weight.n_cols, weight.ty)
+}
+
+/// The slot of a routed expert: its three matrices, each with planes of its own, at the same places in every slot of a
+/// block. Kernels find an expert through a table of slot addresses, so that slots may lie anywhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertSlot {
+    /// Gate `[n_ff, n_embd]`, up `[n_ff, n_embd]` and down `[n_embd, n_ff]` within the slot.
+    pub parts: [Range; 3],
+    /// Bytes from one slot to the next.
+    pub bytes: usize,
+}
+
+impl ExpertSlot {
+    /// The slot of an expert of a block, from the types of its weights alone.
+    pub fn new<W>(block: &Moe<W>, ty: impl Fn(&W) -> TensorType) -> Self {
+        let (n_embd, n_ff) = (block.shape.n_embd, block.shape.n_ff);
+        let mut ranges = Ranges::default();
+        let mut part = |l: &Linear<W>, rows, cols| ranges.take(bytes(rows, cols, ty(&l.weight)));
+        let parts = [
+            part(&block.ffn_gate_exps, n_ff, n_embd),
+            part(&block.ffn_up_exps, n_ff, n_embd),
+            part(&block.ffn_down_exps, n_embd, n_ff),
+        ];
+        Self { parts, bytes: ranges.total() }
+    }
 }
 
 /// Elements of the convolution state of one slot: a ring of the last `conv_kernel` inputs `[conv_kernel, n_channels]`

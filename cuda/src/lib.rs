@@ -22,7 +22,7 @@ mod head;
 mod moe;
 mod prompt;
 
-pub use backend::{Backend, Feed, Snapshot, State, WeightsLayout, for_each_weight, programs};
+pub use backend::{Backend, Feed, PROMPT_FROM, Snapshot, State, WeightsLayout, for_each_weight, programs};
 pub use compile::Compiler;
 pub use device::{Device, GpuInfo, gpus};
 pub use error::{Error, driver_calls};

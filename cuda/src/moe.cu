@@ -6,9 +6,9 @@
 #include "rows.cuh"
 
 struct Expert {
-    const u8* weight;      // planes of [n_experts * n_out, n_in]
+    u64 weight;            // planes of [n_out, n_in]: of a routed expert counted from its slot
     const float* scale;    // [n_experts], or null
-    u64 n_blocks;
+    u64 n_blocks;          // of one expert
 };
 
 struct MoeArgs {
@@ -17,10 +17,12 @@ struct MoeArgs {
     const Q8Head* heads;
     const float* router;   // [N_EXPERTS, N]
     const float* gate_shared;  // [N], or null
+    const u64* table;      // [N_EXPERTS]: address of each expert's slot, 0: not on this GPU
     Expert gate, up, down, gate_s, up_s, down_s;
     float* logits;         // [n_tokens, N_EXPERTS + 1]
     u32* done;             // [n_tokens]: blocks of the router that have finished; zero before and after
     u32* ids;              // [n_tokens, N_USED]
+    u64* slots;            // [n_tokens, N_USED]: their entries of the table
     float* weights;        // [n_tokens, N_USED + 1]; the last is the shared expert's
     u32* units;            // [n_tokens, N_USED + 1, FF_STRIDE / 32]: blocks that have finished a unit; likewise
     float* act;            // [n_tokens, N_USED + 1, FF_STRIDE]
@@ -39,6 +41,7 @@ static_assert(sizeof(MoeArgs) == MOE_ARGS, "MoeArgs differs from moe.rs");
 KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     __shared__ bool last;
     __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS * 2];
+    __shared__ u64 table[N_EXPERTS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, e = blockIdx.x * ROUTE_ROWS + warp / 2;
     const u64 t = blockIdx.y;
     let_next_start();
@@ -69,7 +72,10 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     __syncthreads();
     if (!last) return;
     __threadfence();
-    for (int i = threadIdx.x; i < N_EXPERTS; i += blockDim.x) p[i] = __ldcg(logits + i);
+    for (int i = threadIdx.x; i < N_EXPERTS; i += blockDim.x) {
+        p[i] = __ldcg(logits + i);
+        table[i] = __ldcg(a.table + i);
+    }
     __syncthreads();
     if (warp != 0) return;
     if (lane == 0) a.done[t] = 0;
@@ -104,7 +110,11 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
         const float w = __expf(top - best) / total;
         chosen_sum += w;
         if (lane == k) mine = w;
-        if (lane == 0) a.ids[t * N_USED + k] = min(at, N_EXPERTS - 1);
+        if (lane == 0) {
+            const int id = min(at, N_EXPERTS - 1);
+            a.ids[t * N_USED + k] = id;
+            a.slots[t * N_USED + k] = table[id];
+        }
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
             if (at == j * WARP + lane) left[j] = -INFINITE;
@@ -119,15 +129,16 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
 #define ROWS 2
 #define OUTPUTS (GROUPS * ROWS)
 
-template <int TG, int TU, int FF> DEVICE void gate_up(const MoeArgs& a, const Expert& gate, const Expert& up, u32 e, bool quantised) {
+// `slot`: where the expert lies, or 0 for the shared one.
+template <int TG, int TU, int FF> DEVICE void gate_up(const MoeArgs& a, const Expert& gate, const Expert& up, u64 slot, u32 e, bool quantised) {
     __shared__ float shared[4][2][ROWS];
     __shared__ bool last;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = warp % KSPLIT;
-    const u64 t = blockIdx.z, first = (u64)e * FF, row = blockIdx.x * OUTPUTS + warp / KSPLIT * ROWS;
+    const u64 t = blockIdx.z, row = blockIdx.x * OUTPUTS + warp / KSPLIT * ROWS;
     Rows<TG, N, ROWS, KSPLIT> g;
     Rows<TU, N, ROWS, KSPLIT> u;
-    g.start(gate.weight, gate.n_blocks, first + row, first + FF - 1, part);
-    u.start(up.weight, up.n_blocks, first + row, first + FF - 1, part);
+    g.start((const u8*)(slot + gate.weight), gate.n_blocks, row, FF - 1, part);
+    u.start((const u8*)(slot + up.weight), up.n_blocks, row, FF - 1, part);
     const Activations in = {a.codes + t * N, a.heads + t * (N / 32), a.h + t * N};
     float acc[ROWS][1] = {};
     g.finish(in, 1, acc);
@@ -170,45 +181,50 @@ template <int TG, int TU, int FF> DEVICE void gate_up(const MoeArgs& a, const Ex
 }
 
 // Grid (FF_STRIDE / OUTPUTS, N_USED + (N_FF_SHARED > 0), n_tokens): a few outputs of one expert; the last block of a
-// unit of 32 quantises it.
+// unit of 32 quantises it. Experts that are not on this GPU leave their activations as they were.
 KERNEL __launch_bounds__(128) moe_gate_up(const MoeArgs a) {
     let_next_start();
     wait_for_inputs();
 #if N_FF_SHARED > 0
     if (blockIdx.y == N_USED) {
         if (blockIdx.x * OUTPUTS < (N_FF_SHARED + 31) / 32 * 32)
-            gate_up<TYPE_GATE_S, TYPE_UP_S, N_FF_SHARED>(a, a.gate_s, a.up_s, 0, !is_float(TYPE_DOWN_S));
+            gate_up<TYPE_GATE_S, TYPE_UP_S, N_FF_SHARED>(a, a.gate_s, a.up_s, 0, 0, !is_float(TYPE_DOWN_S));
         return;
     }
 #endif
-    if (blockIdx.x * OUTPUTS < (N_FF + 31) / 32 * 32)
-        gate_up<TYPE_GATE, TYPE_UP, N_FF>(a, a.gate, a.up, a.ids[blockIdx.z * N_USED + blockIdx.y], !is_float(TYPE_DOWN));
+    const u32 choice = blockIdx.z * N_USED + blockIdx.y;
+    const u64 slot = a.slots[choice];
+    if (slot && blockIdx.x * OUTPUTS < (N_FF + 31) / 32 * 32)
+        gate_up<TYPE_GATE, TYPE_UP, N_FF>(a, a.gate, a.up, slot, a.gate.scale || a.up.scale ? a.ids[choice] : 0, !is_float(TYPE_DOWN));
 }
 
 #define DOWN_ROWS 2
 #define DOWN_WARPS 4
 
-// Rows `row` .. of `n` experts (ids, or expert 0) against their activations, whose units the lanes take in one sequence.
-template <int TY, int FF> DEVICE void down(const Expert& w, const u32* ids, int n, u64 row, const float* weights, const MoeArgs& a,
-                                           u64 at, float (&acc)[DOWN_ROWS]) {
+// Rows `row` .. of `n` experts (those of `slots` and `ids`, or the shared one) against their activations, whose units the lanes
+// take in one sequence.
+template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, const u32* ids, int n, u64 row, const float* weights,
+                                           const MoeArgs& a, u64 at, float (&acc)[DOWN_ROWS]) {
     constexpr int CHUNKS = is_float(TY) ? FF : FF / 32;
     for (int i = threadIdx.x; i < n * CHUNKS; i += DOWN_WARPS * WARP) {
         const int j = i / CHUNKS, c = i % CHUNKS;
-        const u32 e = ids ? ids[j] : 0;
-        const float factor = weights[j] * (w.scale ? w.scale[e] : 1.0f);
+        const u64 slot = slots ? slots[j] : 0;
+        if (slots && !slot) continue;
+        const u8* weight = (const u8*)(slot + w.weight);
+        const float factor = weights[j] * (w.scale ? w.scale[ids ? ids[j] : 0] : 1.0f);
         const u64 from = at + (u64)j * FF_STRIDE;
         u64 rows[DOWN_ROWS];
 #pragma unroll
-        for (int r = 0; r < DOWN_ROWS; r++) rows[r] = (u64)e * N + min(row + r, (u64)N - 1);
+        for (int r = 0; r < DOWN_ROWS; r++) rows[r] = min(row + r, (u64)N - 1);
         if constexpr (is_float(TY)) {
             const float x = a.act[from + c] * factor;
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; r++) acc[r] += value<TY>(w.weight, w.n_blocks, rows[r] * FF + c) * x;
+            for (int r = 0; r < DOWN_ROWS; r++) acc[r] += value<TY>(weight, w.n_blocks, rows[r] * FF + c) * x;
         } else {
             typedef Quant<TY> Q;
             typename Q::Raw raw[DOWN_ROWS];
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; r++) raw[r] = Q::load(w.weight, w.n_blocks, rows[r] * CHUNKS + c);
+            for (int r = 0; r < DOWN_ROWS; r++) raw[r] = Q::load(weight, w.n_blocks, rows[r] * CHUNKS + c);
             const int4* p = reinterpret_cast<const int4*>(a.act_codes + from) + 2 * c;
             const int4 lo = p[0], hi = p[1];
             Q8Head head = a.act_heads[from / 32 + c];
@@ -233,9 +249,9 @@ KERNEL __launch_bounds__(DOWN_WARPS * WARP) moe_down(const MoeArgs a) {
     const u64 t = blockIdx.y, row = (u64)blockIdx.x * DOWN_ROWS, at = t * (N_USED + 1) * FF_STRIDE;
     const float* weights = a.weights + t * (N_USED + 1);
     float acc[DOWN_ROWS] = {};
-    down<TYPE_DOWN, N_FF>(a.down, a.ids + t * N_USED, N_USED, row, weights, a, at, acc);
+    down<TYPE_DOWN, N_FF>(a.down, a.slots + t * N_USED, a.ids + t * N_USED, N_USED, row, weights, a, at, acc);
 #if N_FF_SHARED > 0
-    down<TYPE_DOWN_S, N_FF_SHARED>(a.down_s, nullptr, 1, row, weights + N_USED, a, at + N_USED * FF_STRIDE, acc);
+    down<TYPE_DOWN_S, N_FF_SHARED>(a.down_s, nullptr, nullptr, 1, row, weights + N_USED, a, at + N_USED * FF_STRIDE, acc);
 #endif
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; r++) {

@@ -1,9 +1,11 @@
 //! `Moe` on the GPU: norm, then `moe.cu` (router and choice; gate and up of all chosen experts and the shared one; their
-//! weighted sum onto the residual stream). Refuses more than 31 experts per token.
+//! weighted sum onto the residual stream). Routed experts are found through a table of addresses; those that are not on this
+//! GPU add nothing. Refuses more than 31 experts per token.
 
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
 use crate::error::Error;
+use crate::layout::ExpertSlot;
 use crate::ops::{DeviceWeight, Linker, Norm, Step};
 use tandem_spec::{Linear, Moe};
 
@@ -24,6 +26,23 @@ impl Expert {
     }
 }
 
+/// Gate, up and down of one routed expert: addresses of weights count from the expert's slot, and the scales begin with that
+/// of expert 0, which need not be there.
+pub(crate) fn routed(b: &Moe<DeviceWeight>) -> [Linear<DeviceWeight>; 3] {
+    let slot = ExpertSlot::new(b, |w| w.ty);
+    let linears = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps];
+    let (n_embd, n_ff, before) = (b.shape.n_embd, b.shape.n_ff, 4 * b.experts.start as u64);
+    let n_rows = [n_ff, n_ff, n_embd];
+    std::array::from_fn(|i| {
+        let Linear { weight, scale, bias } = linears[i];
+        Linear {
+            weight: DeviceWeight { ptr: Ptr(slot.parts[i].offset as u64), n_rows: n_rows[i], ..*weight },
+            scale: scale.map(|s| DeviceWeight { ptr: Ptr(s.ptr.0.wrapping_sub(before)), ..s }),
+            bias: *bias,
+        }
+    })
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct MoeArgs {
@@ -32,10 +51,12 @@ struct MoeArgs {
     heads: Ptr,
     router: Ptr,
     gate_shared: Ptr,
+    table: Ptr,
     experts: [Expert; 6],
     logits: Ptr,
     done: Ptr,
     ids: Ptr,
+    slots: Ptr,
     weights: Ptr,
     units: Ptr,
     act: Ptr,
@@ -58,6 +79,8 @@ fn outputs_per_block(n_embd: usize) -> usize {
 /// A block with its kernels.
 pub(crate) struct MoeOp {
     block: Moe<DeviceWeight>,
+    /// `[n_experts]` u64: addresses of slots.
+    table: Ptr,
     norm: Norm,
     route: Function,
     gate_up: Function,
@@ -65,7 +88,8 @@ pub(crate) struct MoeOp {
 }
 
 impl MoeOp {
-    pub fn new(linker: &mut Linker, block: Moe<DeviceWeight>) -> Result<Self, Error> {
+    /// `table` `[n_experts]` u64: where the slots of the routed experts are, 0: not here.
+    pub fn new(linker: &mut Linker, block: Moe<DeviceWeight>, table: Ptr) -> Result<Self, Error> {
         let s = &block.shape;
         if s.n_used > 31 {
             return Err(Error::Unsupported(format!("{} experts per token: the GPU kernels take at most 31", s.n_used)));
@@ -93,6 +117,7 @@ impl MoeOp {
             gate_up: linker.function(program.clone(), "moe_gate_up", 0)?,
             down: linker.function(program, "moe_down", 0)?,
             block,
+            table,
         })
     }
 
@@ -103,16 +128,18 @@ impl MoeOp {
         let of_shared = |f: fn(&tandem_spec::SharedExpert<DeviceWeight>) -> &Linear<DeviceWeight>| {
             shared.map_or(Expert::NONE, |e| Expert::new(f(e)))
         };
+        let [gate, up, down] = &routed(b);
         let args = MoeArgs {
             h: step.hidden.x,
             codes: step.hidden.codes,
             heads: step.hidden.heads,
             router: b.ffn_gate_inp.ptr,
             gate_shared: shared.and_then(|e| e.ffn_gate_inp_shexp).map_or(Ptr::NULL, |w| w.ptr),
+            table: self.table,
             experts: [
-                Expert::new(&b.ffn_gate_exps),
-                Expert::new(&b.ffn_up_exps),
-                Expert::new(&b.ffn_down_exps),
+                Expert::new(gate),
+                Expert::new(up),
+                Expert::new(down),
                 of_shared(|e| &e.ffn_gate_shexp),
                 of_shared(|e| &e.ffn_up_shexp),
                 of_shared(|e| &e.ffn_down_shexp),
@@ -120,6 +147,7 @@ impl MoeOp {
             logits: step.routed[0],
             done: step.routed[1],
             ids: step.routed[2],
+            slots: step.routed[4],
             weights: step.routed[3],
             units: step.done,
             act: step.mixed.x,

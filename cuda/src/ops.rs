@@ -33,6 +33,21 @@ impl DeviceWeight {
     }
 }
 
+/// What a block reads beside its weights.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Constants {
+    /// Attention: rotary frequencies `[n_rot / 2]` f64.
+    pub freq: Ptr,
+    /// Their factor.
+    pub magnitude: f64,
+    /// Mixture: addresses of the routed experts' slots `[n_experts]` u64, 0: not here.
+    pub experts: Ptr,
+}
+
+impl Constants {
+    pub const NONE: Self = Self { freq: Ptr::NULL, magnitude: 1.0, experts: Ptr::NULL };
+}
+
 /// What a backend is made for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -121,7 +136,7 @@ pub struct StateLayout {
     pub(crate) parts: Range,
     pub(crate) scratch: Range,
     pub(crate) tables: Range,
-    pub(crate) routed: [Range; 4],
+    pub(crate) routed: [Range; 5],
     pub(crate) done: Range,
     pub(crate) logits: Range,
     pub(crate) sampled: Sampled<Range>,
@@ -227,6 +242,7 @@ impl StateLayout {
                 ranges.take(routes * 4),
                 ranges.take(routes * n_used * 4),
                 ranges.take(routes * (n_used + 1) * 4),
+                ranges.take(routes * n_used * 8),
             ],
             done: ranges.take(done * 4),
             logits: ranges.take(logit_rows * n_vocab * 4),
@@ -266,7 +282,8 @@ pub(crate) struct Step<'a> {
     pub projected: Ptr,
     pub mixed: Input,
     pub parts: Ptr,
-    pub routed: [Ptr; 4],
+    /// Logits, counters, ids, weights and slots of the chosen experts.
+    pub routed: [Ptr; 5],
     /// Counters of finished units, zero between kernels.
     pub done: Ptr,
     pub logits: Ptr,

@@ -104,17 +104,21 @@ KERNEL __launch_bounds__(256) gated_norm_rows(const GatedNormArgs a) {
 
 // Rows of one expert in the sorted order, at most `height` of them (gemm.cu reads these).
 struct RowTile {
+    u64 slot;
     int expert;
     int first;
     int n;
+    int pad;
 };
 
 struct ExpertArgs {
     const float* logits;     // [n_tokens, n_experts] f32
+    const u64* table;        // [n_experts]: address of each expert's slot, 0: not on this GPU
     int* expert;             // [n_tokens, n_used]
     float* weight;           // [n_tokens, n_used] f32
+    u64* slot;               // [n_tokens, n_used]: entries of the table
     int* token;              // [n_tokens * n_used]: token of a sorted row
-    int* row;                // [n_tokens, n_used]: sorted row of a choice
+    int* row;                // [n_tokens, n_used]: sorted row of a choice, where its expert is here
     int* count;              // [n_experts], zero before expert_choose
     RowTile* tiles;          // [n_experts + n_tokens * n_used / height]
     int* n_tiles;            // [1]
@@ -154,6 +158,7 @@ KERNEL __launch_bounds__(256) expert_choose(const ExpertArgs a) {
             p[index] = -3.4e38f;
             a.expert[token * a.n_used + k] = index;
             a.weight[token * a.n_used + k] = e;
+            a.slot[token * a.n_used + k] = a.table[index];
             atomicAdd(a.count + index, 1);
         }
         __syncwarp();
@@ -161,21 +166,25 @@ KERNEL __launch_bounds__(256) expert_choose(const ExpertArgs a) {
     for (int k = lane; k < a.n_used; k += 32) a.weight[token * a.n_used + k] /= total;
 }
 
-// Grid (n_experts), 256 threads: the rows of an expert, in the order of their tokens, and its tiles.
+// Grid (n_experts), 256 threads: the rows of an expert, in the order of their tokens, and its tiles. Experts that are not here
+// have neither.
 KERNEL __launch_bounds__(256) expert_sort(const ExpertArgs a) {
     __shared__ float scratch[33];
     __shared__ int warp_count[8];
     const int e = blockIdx.x, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     float rows_before = 0.0f, tiles_before = 0.0f;    // exact: below 2^24
     for (int i = tid; i < e; i += 256) {
-        rows_before += a.count[i];
-        tiles_before += (a.count[i] + a.height - 1) / a.height;
+        const int n = a.table[i] ? a.count[i] : 0;
+        rows_before += n;
+        tiles_before += (n + a.height - 1) / a.height;
     }
     const int first = (int)block_sum(rows_before, scratch), first_tile = (int)block_sum(tiles_before, scratch);
-    const int n = a.count[e], n_tiles = (n + a.height - 1) / a.height;
+    const u64 slot = a.table[e];
+    const int n = slot ? a.count[e] : 0, n_tiles = (n + a.height - 1) / a.height;
     for (int i = tid; i < n_tiles; i += 256)
-        a.tiles[first_tile + i] = RowTile{e, first + i * a.height, min(a.height, n - i * a.height)};
+        a.tiles[first_tile + i] = RowTile{slot, e, first + i * a.height, min(a.height, n - i * a.height), 0};
     if (e == a.n_experts - 1 && tid == 0) *a.n_tiles = first_tile + n_tiles;
+    if (!slot) return;
     int at = first;
     const int total = a.n_tokens * a.n_used;
     for (int base = 0; base < total; base += 256) {
@@ -204,6 +213,7 @@ struct CombineArgs {
     const float* y;          // [n_tokens * n_used, n] f32: outputs of the experts in sorted order
     const int* row;          // [n_tokens, n_used]
     const float* weight;     // [n_tokens, n_used] f32
+    const u64* slot;         // [n_tokens, n_used]: 0 where the expert is not here
     const float* shared;     // [n_tokens, n] f32 or null
     const float* shared_gate;// [n_tokens] f32 before the sigmoid, or null
     int n;
@@ -218,7 +228,8 @@ KERNEL __launch_bounds__(256) expert_combine(const CombineArgs a) {
     for (int i = threadIdx.x; i < a.n; i += 256) {
         float v = a.shared ? gate * a.shared[token * a.n + i] : 0.0f;
         for (int k = 0; k < a.n_used; k++)
-            v += a.weight[token * a.n_used + k] * a.y[(u64)a.row[token * a.n_used + k] * a.n + i];
+            if (a.slot[token * a.n_used + k])
+                v += a.weight[token * a.n_used + k] * a.y[(u64)a.row[token * a.n_used + k] * a.n + i];
         a.x[token * a.n + i] += v;
     }
 }

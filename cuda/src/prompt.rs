@@ -11,7 +11,8 @@ use crate::compile::{Args, Function, Launch, Program};
 use crate::dense::{self, Dense};
 use crate::device::Device;
 use crate::error::{During, Error};
-use crate::ops::{DeviceWeight, Linker};
+use crate::moe::routed;
+use crate::ops::{Constants, DeviceWeight, Linker};
 use crate::stream::Parts;
 use cudarc::driver::result;
 use std::collections::HashMap;
@@ -23,6 +24,8 @@ use tandem_spec::{
 
 /// Rows of a tile of the three products: a few, some, many.
 const TILES: [usize; 3] = [8, 32, 128];
+/// Bytes of a RowTile in prompt.cu.
+const TILE_BYTES: usize = 24;
 /// Rows of a tile of `gemm_f32`.
 const TILE_F32: usize = 8;
 /// Rows of a tile of `gemm_f32_tile`, and rows from which on it is used.
@@ -84,8 +87,10 @@ args!(DecodeRowsArgs { w: Ptr, out: Ptr, n_blocks: u64, first: u64, n_units: u64
 args!(GatedNormArgs { o: Ptr, z: Ptr, w: Ptr, y: Forms<Ptr>, n_rows: i32, s: i32, eps: f32, pad: u32 });
 args!(ExpertArgs {
     logits: Ptr,
+    table: Ptr,
     expert: Ptr,
     weight: Ptr,
+    slot: Ptr,
     token: Ptr,
     row: Ptr,
     count: Ptr,
@@ -96,7 +101,17 @@ args!(ExpertArgs {
     n_used: i32,
     height: i32,
 });
-args!(CombineArgs { x: Ptr, y: Ptr, row: Ptr, weight: Ptr, shared: Ptr, shared_gate: Ptr, n: i32, n_used: i32 });
+args!(CombineArgs {
+    x: Ptr,
+    y: Ptr,
+    row: Ptr,
+    weight: Ptr,
+    slot: Ptr,
+    shared: Ptr,
+    shared_gate: Ptr,
+    n: i32,
+    n_used: i32,
+});
 args!(DeltaPromptArgs {
     chunks: Ptr,
     sequences: Ptr,
@@ -337,6 +352,7 @@ struct MoeBuffers {
     logits: Ptr,
     expert: Ptr,
     weight: Ptr,
+    slot: Ptr,
     token: Ptr,
     row: Ptr,
     count: Ptr,
@@ -362,10 +378,11 @@ impl MoeBuffers {
             logits: s.f32(n * m.n_experts),
             expert: s.f32(n_rows),
             weight: s.f32(n_rows),
+            slot: s.bytes(8 * n_rows),
             token: s.f32(n_rows),
             row: s.f32(n_rows),
             count: s.f32(m.n_experts),
-            tiles: [s.bytes(12 * tiles), s.bytes(12 * tiles)],
+            tiles: [s.bytes(TILE_BYTES * tiles), s.bytes(TILE_BYTES * tiles)],
             n_tiles: [s.f32(1), s.f32(1)],
             pair: PairBuffers::new(
                 s,
@@ -389,7 +406,7 @@ fn max_tiles(n_rows: usize, n_experts: usize, height: usize) -> usize {
     n_rows / height + n_experts.min(n_rows)
 }
 
-/// Rows of experts, sorted: what [`Prompt::gemm`] needs for a stack of weights.
+/// Rows of experts, sorted: what [`Prompt::gemm`] needs beside the projection of one expert ([`routed`]).
 #[derive(Clone, Copy)]
 struct Experts {
     /// Row of x of each row, or null.
@@ -810,7 +827,7 @@ impl Prompt {
     }
 
     /// Runs an attention block over `x` `[n_tokens, n_embd]` f32, in place. `keys`, `values`: `[n_slots, n_ctx,
-    /// n_kv_heads, head_dim]`; `freq` `[n_rot / 2]` f64 and `magnitude` are [`tandem_spec::Rope::frequencies`];
+    /// n_kv_heads, head_dim]`; `constants` holds [`tandem_spec::Rope::frequencies`];
     /// `scratch` holds [`scratch_bytes`].
     ///
     /// # Errors
@@ -822,7 +839,7 @@ impl Prompt {
         t: &Tables,
         x: Ptr,
         (keys, values, n_ctx, kv): (Ptr, Ptr, usize, KvDtype),
-        (freq, magnitude): (Ptr, f64),
+        constants: Constants,
         scratch: Ptr,
     ) -> Result<(), Error> {
         let key = AttentionKey::new(b, kv);
@@ -849,13 +866,13 @@ impl Prompt {
             v: s.v,
             q_norm: ptr(&b.attn_q_norm),
             k_norm: ptr(&b.attn_k_norm),
-            freq,
+            freq: constants.freq,
             k_cache: keys,
             v_cache: values,
             q_rotated: s.rotated,
             out: s.out.get(out_form),
             n_ctx: n_ctx as u64,
-            rope_magnitude: magnitude as f32,
+            rope_magnitude: constants.magnitude as f32,
             eps: shape.rms_eps,
             flash: i32::from(f.is_flash),
             out_kind: out_form as i32,
@@ -982,11 +999,20 @@ impl Prompt {
         Ok(())
     }
 
-    /// Runs a mixture of experts over `x` `[n_tokens, n_embd]` f32, in place.
+    /// Runs a mixture of experts over `x` `[n_tokens, n_embd]` f32, in place: those experts that have a slot in `table`
+    /// `[n_experts]` u64, and the shared one.
     ///
     /// # Errors
     /// What the driver says.
-    pub fn moe(&self, device: &Device, b: &Moe<DeviceWeight>, t: &Tables, x: Ptr, scratch: Ptr) -> Result<(), Error> {
+    pub fn moe(
+        &self,
+        device: &Device,
+        b: &Moe<DeviceWeight>,
+        t: &Tables,
+        x: Ptr,
+        table: Ptr,
+        scratch: Ptr,
+    ) -> Result<(), Error> {
         let (m, n) = (&b.shape, t.n_tokens);
         let n_rows = n * m.n_used;
         let mut s = Scratch::new(scratch);
@@ -999,8 +1025,10 @@ impl Prompt {
         unsafe { result::memset_d8_async(s.count.0, 0, 4 * m.n_experts, device.stream()) }.during("clearing counts")?;
         let mut args = ExpertArgs {
             logits: s.logits,
+            table,
             expert: s.expert,
             weight: s.weight,
+            slot: s.slot,
             token: s.token,
             row: s.row,
             count: s.count,
@@ -1015,9 +1043,10 @@ impl Prompt {
         // SAFETY: the buffers hold n_tokens rows of n_experts logits and n_used choices.
         unsafe { self.choose.launch(device, choose, &args)? };
         let per_expert = n_rows.div_ceil(m.n_experts);
-        let mut experts = [&b.ffn_gate_exps, &b.ffn_down_exps].map(|l| {
+        let [gate, up, down] = &routed(b);
+        let mut experts = [gate, down].map(|l| {
             (
-                self.tile(&l.weight, l.weight.n_rows / m.n_experts, per_expert, m.n_experts > 1).1,
+                self.tile(&l.weight, l.weight.n_rows, per_expert, m.n_experts > 1).1,
                 Experts { gather: Ptr::NULL, tiles: s.tiles[0], n_tiles: s.n_tiles[0], n_experts: m.n_experts },
             )
         });
@@ -1030,10 +1059,9 @@ impl Prompt {
             // SAFETY: as above; `tiles` holds the most tiles of the lowest height.
             unsafe { self.sort.launch(device, Launch::new(m.n_experts, 256), &args)? };
         }
-        let linears = (&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps);
         let gathered = Experts { gather: s.token, ..experts[0].1 };
-        self.gemm_pair(c, linears, &s.h, n_rows, m.n_ff, &s.pair, Some(gathered))?;
-        self.gemm(c, &b.ffn_down_exps, &s.pair.out, n_rows, s.y, Some(experts[1].1), false)?;
+        self.gemm_pair(c, (gate, up, down), &s.h, n_rows, m.n_ff, &s.pair, Some(gathered))?;
+        self.gemm(c, down, &s.pair.out, n_rows, s.y, Some(experts[1].1), false)?;
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);
         if let (Some(shared), Some((pair, y, gate))) = (&b.shared, &s.shared) {
             let linears = (&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp);
@@ -1051,6 +1079,7 @@ impl Prompt {
             y: s.y,
             row: s.row,
             weight: s.weight,
+            slot: s.slot,
             shared: shared_y,
             shared_gate,
             n: m.n_embd as i32,
@@ -1239,7 +1268,7 @@ impl Prompt {
     ) -> Result<(), Error> {
         let w = &linear.weight;
         let n_experts = experts.map_or(1, |e| e.n_experts);
-        let n_out = w.n_rows / n_experts;
+        let n_out = w.n_rows;
         let functions = &self.gemm[&w.ty];
         let (i, mut height) = self.tile(w, n_out, n_rows.div_ceil(n_experts), n_experts > 1);
         let (function, per_block) = match form(w.ty, w.n_cols, self.has_bf16) {

@@ -5,7 +5,8 @@
 struct RelayoutArgs {
     const u8* source;  // [n_blocks * block bytes], as in the file
     u8* weight;        // start of the tensor on the device
-    u64 n_total;       // blocks of the whole tensor
+    u64 group;         // blocks of one matrix of the stack, which has planes of its own
+    u64 stride;        // bytes from one matrix to the next
     u64 first;         // block of the tensor at which `source` starts
     u64 n_blocks;
 };
@@ -15,8 +16,9 @@ template <int TY> DEVICE void relayout_all(const RelayoutArgs& a) {
     constexpr int UNITS = Quant<TY>::BLOCK / 32;
     const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= a.n_blocks * UNITS) return;
-    const u64 block = i / UNITS;
-    relayout_unit<TY>(a.source + block * BLOCK_BYTES, (int)(i % UNITS), a.weight, a.n_total, a.first + block);
+    const u64 block = i / UNITS, at = a.first + block, matrix = at / a.group;
+    u8* to = a.weight + matrix * a.stride;
+    relayout_unit<TY>(a.source + block * BLOCK_BYTES, (int)(i % UNITS), to, a.group, at - matrix * a.group);
 }
 
 KERNEL relayout(const RelayoutArgs a) { relayout_all<TYPE>(a); }

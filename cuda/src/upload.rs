@@ -29,7 +29,8 @@ pub const STAGING_BYTES: usize = BUFFER_BYTES * N_BUFFERS;
 struct RelayoutArgs {
     source: Ptr,
     weight: Ptr,
-    n_total: u64,
+    group: u64,
+    stride: u64,
     first: u64,
     n_blocks: u64,
 }
@@ -57,11 +58,34 @@ pub fn program(ty: TensorType) -> Program {
 }
 
 /// A weight and where its device layout goes.
+#[derive(Clone, Debug)]
 pub struct Item {
     /// Which rows of which file tensor.
     pub weight: Weight,
-    /// Range of the arena, [`crate::layout::weight_bytes`] long.
+    /// Range of the arena: from the first byte to the last.
     pub range: Range,
+    /// Matrices of equal size that the weight is a stack of, each with planes of its own.
+    pub n_matrices: usize,
+    /// Bytes from one matrix to the next.
+    pub stride: usize,
+}
+
+impl Item {
+    /// One matrix, in a range of [`crate::layout::weight_bytes`].
+    pub fn whole(weight: Weight, range: Range) -> Self {
+        Self { weight, range, n_matrices: 1, stride: range.bytes }
+    }
+
+    /// `n` matrices: `part` of each of the `slots`, which are `stride` bytes apart.
+    pub fn stack(weight: Weight, slots: Range, part: Range, n: usize, stride: usize) -> Self {
+        let bytes = if n == 0 { 0 } else { (n - 1) * stride + part.bytes };
+        let range = Range { offset: slots.offset + part.offset, bytes };
+        Self { weight, range, n_matrices: n, stride }
+    }
+
+    fn matrix_bytes(&self) -> usize {
+        self.weight.n_bytes() / self.n_matrices
+    }
 }
 
 /// A piece of an item that fits one buffer: whole blocks of its rows, one after the other.
@@ -213,20 +237,30 @@ fn queue(
     let weight = arena.ptr(item.range);
     let quantised = item.weight.ty.is_quantised();
     let staging = ring.staging.ptr(Range { offset: buffer * BUFFER_BYTES, bytes: BUFFER_BYTES });
-    let target = if quantised { staging } else { weight.offset(piece.first_block * row.block_bytes) };
-    // SAFETY: the buffer stays filled until its event has passed; the target lies in the arena or in this
-    // buffer's part of the staging memory, which the previous relayout on this stream has left.
-    unsafe {
-        let bytes = std::slice::from_raw_parts(memory.0, piece.bytes);
-        result::memcpy_htod_async(target.0, bytes, device.stream()).during("copying weights")?;
-        result::event::record(ring.events[buffer], device.stream()).during("recording an event")?;
+    // Floats go where they belong, in as many copies as matrices are touched.
+    let (first_byte, per_matrix) = (piece.first_block * row.block_bytes, item.matrix_bytes());
+    let mut done = 0;
+    while done < piece.bytes {
+        let (matrix, at) = ((first_byte + done) / per_matrix, (first_byte + done) % per_matrix);
+        let n = if quantised { piece.bytes } else { (per_matrix - at).min(piece.bytes - done) };
+        let target = if quantised { staging } else { weight.offset(matrix * item.stride + at) };
+        // SAFETY: the buffer stays filled until its event has passed; the target lies in the arena or in this
+        // buffer's part of the staging memory, which the previous relayout on this stream has left.
+        unsafe {
+            let bytes = std::slice::from_raw_parts(memory.0.add(done), n);
+            result::memcpy_htod_async(target.0, bytes, device.stream()).during("copying weights")?;
+        }
+        done += n;
     }
+    // SAFETY: event and stream are valid.
+    unsafe { result::event::record(ring.events[buffer], device.stream()) }.during("recording an event")?;
     if quantised {
         let n_blocks = piece.bytes / row.block_bytes;
         let args = RelayoutArgs {
             source: staging,
             weight,
-            n_total: (item.weight.n_rows() * item.weight.n_cols / row.block_len) as u64,
+            group: (per_matrix / row.block_bytes) as u64,
+            stride: item.stride as u64,
             first: piece.first_block as u64,
             n_blocks: n_blocks as u64,
         };
@@ -243,7 +277,7 @@ fn cut(items: &[Item]) -> Vec<Piece> {
     for (i, item) in items.iter().enumerate() {
         let block_bytes = item.weight.ty.row().block_bytes;
         let total = item.weight.n_bytes();
-        assert_eq!(item.range.bytes, total, "{}", item.weight.name);
+        assert_eq!(item.range.bytes, (item.n_matrices - 1) * item.stride + item.matrix_bytes(), "{}", item.weight.name);
         let most = BUFFER_BYTES / block_bytes * block_bytes;
         for offset in (0..total).step_by(most) {
             pieces.push(Piece { item: i, first_block: offset / block_bytes, bytes: most.min(total - offset) });
@@ -281,7 +315,7 @@ mod tests {
     fn pieces_cover_every_block_of_gathered_rows_once() {
         let n_cols = 1 << 20;
         let weight = Weight::new("w".into(), 0, TensorType::Q6_K, 50, n_cols).with_rows([3..30, 40..41]);
-        let item = Item { range: Range { offset: 0, bytes: weight.n_bytes() }, weight: weight.clone() };
+        let item = Item::whole(weight.clone(), Range { offset: 0, bytes: weight.n_bytes() });
         let pieces = cut(&[item]);
         let mut block = 0;
         for p in &pieces {

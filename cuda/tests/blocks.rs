@@ -2,9 +2,9 @@
 
 use crate::gpu::gpu;
 use std::sync::Arc;
-use tandem_cuda::{Backend, Compiler, Device, Options};
-use tandem_spec::testing::{Case, Poisoned, Shape, cases, relative_rms_of_rows};
-use tandem_spec::{KvDtype, TensorType};
+use tandem_cuda::{Backend, Compiler, Device, Options, PROMPT_FROM};
+use tandem_spec::testing::{Buffers, Case, Poisoned, Shape, cases, relative_rms_of_rows};
+use tandem_spec::{Block, KvDtype, TensorType, Weight};
 
 pub fn options(case: &Case) -> Options {
     let tokens =
@@ -14,13 +14,21 @@ pub fn options(case: &Case) -> Options {
     Options { n_slots: case.n_slots, n_ctx, n_batch, kv: case.kv_dtype }
 }
 
-/// Largest normalised error of any row over the steps of a case.
-fn error_of(case: &Case, expected: &[Vec<f64>], device: &Arc<Device>, compiler: Compiler) -> f64 {
-    let (block, source) = case.block();
+/// Largest normalised error of any row over the steps of a case, whose block, or a share of it, is `block`; the prompt
+/// kernels take batches of `prompt_from` tokens and more.
+pub fn error_of(
+    case: &Case,
+    (block, source): (Block<Weight>, Buffers),
+    expected: &[Vec<f64>],
+    device: &Arc<Device>,
+    compiler: Compiler,
+    prompt_from: usize,
+) -> f64 {
     let blocks = [block];
     let backend = Backend::load(device, compiler, &blocks, &source, &options(case), &mut |_, _| {})
-        .unwrap_or_else(|e| panic!("{}: {e}", case.name));
-    let mut state = backend.state().unwrap();
+        .unwrap_or_else(|e| panic!("{}: {e}", case.name))
+        .with_prompt_from(prompt_from);
+    let mut state = backend.state().unwrap_or_else(|e| panic!("{}: {e}", case.name));
     let mut worst = 0.0f64;
     for ((batch, before), want) in case.inputs().iter().zip(expected) {
         let mut x = before.clone();
@@ -92,7 +100,7 @@ fn check(kind: &str) {
             Shape::DeltaNet(_) => BOUND_DELTA_NET,
             _ => BOUND_QUANTISED,
         };
-        let error = error_of(case, &expected, &device, compiler());
+        let error = error_of(case, case.block(), &expected, &device, compiler(), PROMPT_FROM);
         println!("{:40} {error:.2e}{}", case.name, if error <= bound { "" } else { "  FAILED" });
         if error.is_nan() || error > bound {
             failed.push(format!("{}: {error:.2e} over {bound:.0e}", case.name));
@@ -124,6 +132,28 @@ fn ffn_agrees_with_the_reference() {
 #[test]
 fn moe_agrees_with_the_reference() {
     check("moe");
+}
+
+/// A GPU that holds some experts adds these and the shared one, in both sets of kernels.
+#[test]
+fn shares_of_mixtures_agree_with_the_reference() {
+    let Some((device, compiler)) = gpu() else { return };
+    let all = cases();
+    for name in ["moe odd", "moe awkward", "moe F16", "moe Q6_K", "moe MXFP4", "moe 256 of 8", "moe 35B"] {
+        let case = all.iter().find(|c| c.name == name).unwrap_or_else(|| panic!("no case {name}"));
+        let Shape::Moe(shape) = &case.shape else { unreachable!("{name} is a mixture") };
+        let bound = if case.types == [TensorType::F32] { BOUND_FLOAT } else { BOUND_QUANTISED };
+        for part in [0..shape.n_experts / 2, shape.n_experts / 3..shape.n_experts, 0..0] {
+            for prompt_from in [1, PROMPT_FROM, usize::MAX] {
+                let (block, source) = case.block();
+                let share = block.share(part.clone(), true);
+                let expected = case.expected(&share, &source, &case.inputs());
+                let error = error_of(case, (share, source), &expected, &device, compiler(), prompt_from);
+                println!("{name:20} experts {part:?} from {prompt_from:20} {error:.2e}");
+                assert!(error <= bound, "{name}: {error:.2e} over {bound:.0e}, experts {part:?}");
+            }
+        }
+    }
 }
 
 #[test]

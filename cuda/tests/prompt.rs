@@ -1,36 +1,17 @@
 //! On a GPU: every block in the prompt kernels against the exact reference, for every case of the table.
 
-use crate::blocks::options;
+use crate::blocks;
 use crate::gpu::gpu;
 use std::sync::Arc;
-use tandem_cuda::{Backend, Compiler, Device};
-use tandem_spec::testing::{Case, Poisoned, Shape, cases, relative_rms_of_rows};
+use tandem_cuda::{Compiler, Device};
+use tandem_spec::testing::{Case, Shape, cases};
 use tandem_spec::{KvDtype, TensorType};
 
 /// Largest normalised error of any row over the steps of a case.
 fn error_of(case: &Case, device: &Arc<Device>, compiler: Compiler) -> f64 {
     let (block, source) = case.block();
-    let inputs = case.inputs();
-    let expected = case.expected(&block, &source, &inputs);
-    let backend = Backend::load(device, compiler, &[block], &source, &options(case), &mut |_, _| {})
-        .unwrap_or_else(|e| panic!("{}: {e}", case.name))
-        .with_prompt_from(1);
-    let mut state = backend.state().unwrap_or_else(|e| panic!("{}: {e}", case.name));
-    let mut worst = 0.0f64;
-    for ((batch, before), want) in inputs.iter().zip(&expected) {
-        let mut x = before.clone();
-        let is_head = matches!(case.shape, Shape::Head(_));
-        let mut logits = Poisoned::new(if is_head { want.len() } else { 0 });
-        backend.run(&mut state, 0..1, batch, &mut x, logits.out()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
-        let error = if is_head {
-            relative_rms_of_rows(logits.checked(), want, case.n_vocab())
-        } else {
-            let added: Vec<f32> = x.iter().zip(before).map(|(x, b)| x - b).collect();
-            relative_rms_of_rows(&added, want, case.n_embd())
-        };
-        worst = worst.max(error);
-    }
-    worst
+    let expected = case.expected(&block, &source, &case.inputs());
+    blocks::error_of(case, (block, source), &expected, device, compiler, 1)
 }
 
 /// Float weights meet f32 activations; the rest is rounding of f32 sums and of differences with the stream.
