@@ -22,6 +22,8 @@ mod suite {
     /// The GPU of the tests, which those of the CUDA backend share.
     #[path = "../../cuda/tests/gpu.rs"]
     mod gpu;
+    /// Models shared between a GPU and the CPU give the same as either alone.
+    mod hybrid;
     /// Every architecture and layout of a file becomes the same blocks, with every tensor in its place.
     mod models;
     /// Mutations of good files are refused, or are safe to compute with.

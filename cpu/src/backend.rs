@@ -5,6 +5,7 @@ use crate::attention::AttentionBlock;
 use crate::delta_net::DeltaNetBlock;
 use crate::embed::EmbedBlock;
 use crate::ffn::FfnBlock;
+use crate::handoff::{Choices, Handoff, Task};
 use crate::head::HeadBlock;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::Pool;
@@ -14,6 +15,7 @@ use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
 /// What can fail.
@@ -264,46 +266,110 @@ impl Backend {
         x: &mut [f32],
         logits: &mut [f32],
     ) -> Result<(), Error> {
+        let task = Task { blocks, is_share: false };
+        self.execute(&[task], batch, state, Shared::new(x), None, logits).map(|_| ())
+    }
+
+    /// Runs `tasks`, one after the other, each when `handoff` has its input. Returns whether all were run: not if
+    /// the other side gave up.
+    pub fn serve(
+        &self,
+        tasks: &[Task],
+        batch: &Batch,
+        state: &mut State,
+        handoff: &dyn Handoff,
+        logits: &mut [f32],
+    ) -> Result<bool, Error> {
+        let memory = handoff.memory();
+        // SAFETY: the handoff vouches for its memory; workers touch it only between `wait` and `post`.
+        let x = Shared::new(unsafe { std::slice::from_raw_parts_mut(memory.x, memory.len) });
+        self.execute(tasks, batch, state, x, Some(handoff), logits)
+    }
+
+    fn execute(
+        &self,
+        tasks: &[Task],
+        batch: &Batch,
+        state: &mut State,
+        x: Shared,
+        handoff: Option<&dyn Handoff>,
+        logits: &mut [f32],
+    ) -> Result<bool, Error> {
         let (n_tokens, n_embd, size) = (batch.tokens.len(), self.model.n_embd, state.size());
         batch.check(size.n_slots, size.n_ctx, self.model.n_vocab).map_err(Error::Batch)?;
         if n_tokens > size.n_batch {
             return Err(Error::Batch(format!("a batch of {n_tokens} tokens, but there is room for {}", size.n_batch)));
         }
-        if n_tokens == 0 {
-            return Ok(());
-        }
-        assert!(x.len() >= n_tokens * n_embd, "a residual stream of {} elements", x.len());
+        let x = x.prefix(n_tokens * n_embd);
         let here = |i: usize| self.blocks[i].as_ref().expect("the plan runs blocks where they were loaded");
-        for i in blocks.clone() {
+        let all = || tasks.iter().flat_map(|t| t.blocks.clone());
+        for i in all() {
             if let CpuBlock::Head(head) = here(i) {
                 assert!(logits.len() >= batch.wanted.len() * head.shape.n_vocab, "{} logits", logits.len());
             }
         }
         let (layout, memory, buffers, routing) = state.split();
         let routing = Exclusive(routing.as_mut_ptr(), routing.len());
-        let (x, logits, memory) = (Shared::new(x), Shared::new(logits), Shared::new(memory));
-        let step = Step { isa: self.isa, batch, n_tokens, n_embd, x, logits, layout, memory, buffers };
+        let (logits, memory) = (Shared::new(logits), Shared::new(memory));
+        let whole = Step {
+            isa: self.isa,
+            batch,
+            n_tokens,
+            n_embd,
+            x,
+            sum: None,
+            choices: None,
+            logits,
+            layout,
+            memory,
+            buffers,
+        };
+        let share = handoff.map(|handoff| {
+            let memory = handoff.memory();
+            // SAFETY: as for `x` in `serve`.
+            let sum = Shared::new(unsafe { std::slice::from_raw_parts_mut(memory.sum, memory.len) });
+            // SAFETY: as above; the choices are read between `wait` and `post` only.
+            let choices = unsafe { Choices::new(memory) };
+            Step { sum: Some(sum.prefix(n_tokens * n_embd)), choices: Some(choices), ..whole }
+        });
+        let gave_up = AtomicBool::new(false);
         self.pool.run(|w| {
             // SAFETY: each worker takes the routing tables of its own number, and they outlive the run.
             let routing = unsafe { routing.get(w.index) };
             for rope in 0..layout.ropes.len() {
                 let uses = |i: &usize| matches!(layout.blocks[*i], BlockState::Kv { rope: r, .. } if r == rope);
-                if let Some(CpuBlock::Attention(b)) = blocks.clone().find(uses).map(here) {
-                    b.fill_rope(w, &step, rope);
+                if let Some(CpuBlock::Attention(b)) = all().find(uses).map(here) {
+                    b.fill_rope(w, &whole, rope);
                 }
             }
-            for i in blocks.clone() {
-                match here(i) {
-                    CpuBlock::Embed(b) => b.run(w, &step),
-                    CpuBlock::Attention(b) => b.run(w, &step, layout.blocks[i]),
-                    CpuBlock::DeltaNet(b) => b.run(w, &step, layout.blocks[i]),
-                    CpuBlock::Ffn(b) => b.run(w, &step),
-                    CpuBlock::Moe(b) => b.run(w, &step, routing),
-                    CpuBlock::Head(b) => b.run(w, &step),
+            for (number, task) in tasks.iter().enumerate() {
+                if let Some(handoff) = handoff {
+                    if w.index == 0 && !handoff.wait(number) {
+                        gave_up.store(true, Ordering::Relaxed);
+                    }
+                    w.barrier();
+                    if gave_up.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+                let step = if task.is_share { share.as_ref().expect("shares have a handoff") } else { &whole };
+                for i in task.blocks.clone() {
+                    match here(i) {
+                        CpuBlock::Embed(b) => b.run(w, step),
+                        CpuBlock::Attention(b) => b.run(w, step, layout.blocks[i]),
+                        CpuBlock::DeltaNet(b) => b.run(w, step, layout.blocks[i]),
+                        CpuBlock::Ffn(b) => b.run(w, step),
+                        CpuBlock::Moe(b) => b.run(w, step, routing),
+                        CpuBlock::Head(b) => b.run(w, step),
+                    }
+                }
+                // Blocks end with a barrier: what all workers wrote is complete.
+                if let Some(handoff) = handoff.filter(|_| w.index == 0) {
+                    handoff.post(number);
                 }
             }
         });
-        Ok(())
+        Ok(!gave_up.into_inner())
     }
 }
 

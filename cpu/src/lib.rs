@@ -8,6 +8,7 @@ mod delta_net;
 mod embed;
 mod ffn;
 mod gemm;
+pub mod handoff;
 mod head;
 pub mod isa;
 pub mod matrix;

@@ -3,6 +3,7 @@
 //! of a piece of rows go through all experts and are summed by one worker.
 
 use crate::ffn::gate_up;
+use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_piece, piece_rows, vector};
@@ -80,6 +81,26 @@ impl Routing {
             let sum: f32 = best.iter().map(|c| c.weight).sum();
             best.iter_mut().for_each(|c| c.weight /= sum);
         }
+        self.sort(n_experts);
+    }
+
+    /// Takes over what the block's home has chosen, as far as the experts are `held` here; they are counted from the
+    /// first of them.
+    fn take(&mut self, n_tokens: usize, n_used: usize, choices: &Choices, held: &Range<usize>) {
+        self.chosen.clear();
+        for token in 0..n_tokens {
+            for i in token * n_used..(token + 1) * n_used {
+                if let Some(expert) = choices.expert(i).filter(|e| held.contains(e)) {
+                    let (expert, token) = ((expert - held.start) as u32, token as u32);
+                    self.chosen.push(Choice { expert, token, weight: choices.weight(i) });
+                }
+            }
+        }
+        self.sort(held.len());
+    }
+
+    /// Groups the choices by expert.
+    fn sort(&mut self, n_experts: usize) {
         self.ends.clear();
         self.ends.resize(n_experts, 0);
         self.chosen.iter().for_each(|c| self.ends[c.expert as usize] += 1);
@@ -115,18 +136,20 @@ struct SharedBlock {
     down: Projection,
 }
 
-/// A mixture-of-experts block.
+/// A mixture-of-experts block, or a share of one.
 pub(crate) struct MoeBlock {
     shape: MoeShape,
+    /// Experts that are here.
+    experts: Range<usize>,
     /// `[n_embd]`.
     ffn_norm: Box<[f32]>,
-    /// `[n_experts, n_embd]`.
+    /// `[n_experts, n_embd]`; without rows in a share whose home is elsewhere.
     router: Projection,
-    /// `n_experts` of `[n_ff, n_embd]`.
+    /// For each expert `[n_ff, n_embd]`.
     gate: Vec<Projection>,
-    /// `n_experts` of `[n_ff, n_embd]`.
+    /// For each expert `[n_ff, n_embd]`.
     up: Vec<Projection>,
-    /// `n_experts` of `[n_embd, n_ff]`.
+    /// For each expert `[n_embd, n_ff]`.
     down: Vec<Projection>,
     shared: Option<SharedBlock>,
 }
@@ -134,7 +157,7 @@ pub(crate) struct MoeBlock {
 impl MoeBlock {
     /// Packs the weights of `block`.
     pub fn load(block: &Moe<Weight>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
-        let n = block.shape.n_experts;
+        let n = block.experts.len();
         let plain = |w: &Weight| Ok::<_, Error>(Projection::plain(Arc::new(crate::Matrix::pack(w, source, isa)?)));
         let shared = |s: &SharedExpert<Weight>| {
             Ok::<_, Error>(SharedBlock {
@@ -147,6 +170,7 @@ impl MoeBlock {
         let shared = block.shared.as_ref().map(shared).transpose()?;
         Ok(Self {
             shape: block.shape.clone(),
+            experts: block.experts.clone(),
             ffn_norm: vector(&block.ffn_norm, source),
             router: plain(&block.ffn_gate_inp)?,
             gate: Projection::load_stack(&block.ffn_gate_exps, n, source, isa)?,
@@ -178,7 +202,10 @@ impl MoeBlock {
             rms_norm(isa, x, &self.ffn_norm, rms_eps, row);
         };
         let expert_forms = self.gate[0].forms().or(self.up[0].forms());
-        let mut forms = expert_forms.or(self.router.forms());
+        let mut forms = expert_forms;
+        if step.choices.is_none() {
+            forms = forms.or(self.router.forms());
+        }
         let mut routers = [&self.router, &self.router];
         let mut n_routers = 1;
         if let Some(s) = &self.shared {
@@ -194,17 +221,20 @@ impl MoeBlock {
             row
         });
 
-        for_each_piece(w, &routers[..n_routers], |index, rows| {
-            let cols = index * n_experts + rows.start..index * n_experts + rows.end;
-            let out = step.memory.ptr(step.wide(0, cols.clone()).start..step.wide(n_tokens - 1, cols).end);
-            // SAFETY: these rows of the projection are this worker's piece, in every token.
-            unsafe { routers[index].apply(isa, rows, &h, out, step.layout.wide_len) };
-        });
-        w.barrier();
-
-        // SAFETY: nobody writes the wide scratch until the next block.
+        // SAFETY: nobody writes the wide scratch from the barrier below to the next block.
         let wide = |token: usize, cols| unsafe { step.memory.read(step.wide(token, cols)) };
-        routing.route(n_tokens, n_experts, n_used, |token| wide(token, 0..n_experts));
+        if let Some(choices) = &step.choices {
+            routing.take(n_tokens, n_used, choices, &self.experts);
+        } else {
+            for_each_piece(w, &routers[..n_routers], |index, rows| {
+                let cols = index * n_experts + rows.start..index * n_experts + rows.end;
+                let out = step.memory.ptr(step.wide(0, cols.clone()).start..step.wide(n_tokens - 1, cols).end);
+                // SAFETY: these rows of the projection are this worker's piece, in every token.
+                unsafe { routers[index].apply(isa, rows, &h, out, step.layout.wide_len) };
+            });
+            w.barrier();
+            routing.route(n_tokens, n_experts, n_used, |token| wide(token, 0..n_experts));
+        }
         // The choices of expert number `i` of the active ones.
         let choices = |i: usize| {
             let (expert, start) = routing.active[i];
@@ -280,8 +310,10 @@ impl MoeBlock {
 
         for_each_piece(w, &[&self.down[0]], |_, rows| {
             let n = rows.len();
-            // SAFETY: these columns of the residual stream are this worker's piece, in every token.
-            let x = |token: usize| unsafe { step.x.write(step.row(token, rows.clone())) };
+            // SAFETY: these columns are this worker's piece, in every token.
+            unsafe { step.begin_sum(rows.clone()) };
+            // SAFETY: as above.
+            let x = |token: usize| unsafe { step.target(token, rows.clone()) };
             for i in 0..routing.active.len() {
                 let (expert, range) = choices(i);
                 // SAFETY: the tile is this worker's own.

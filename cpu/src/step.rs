@@ -3,6 +3,7 @@
 //!
 //! Memory is shared by one rule: between two barriers an element is written by one worker, or read by any.
 
+use crate::handoff::Choices;
 use crate::norm::add_scaled;
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_piece};
@@ -29,6 +30,12 @@ impl<'a> Shared<'a> {
     /// Shares `memory` for a step.
     pub fn new(memory: &'a mut [f32]) -> Self {
         Self { ptr: memory.as_mut_ptr(), len: memory.len(), lifetime: PhantomData }
+    }
+
+    /// The first `len` elements.
+    pub fn prefix(self, len: usize) -> Self {
+        assert!(len <= self.len, "{len} elements of {}", self.len);
+        Self { len, ..self }
     }
 
     /// Pointer to the elements `range`.
@@ -69,6 +76,10 @@ pub(crate) struct Step<'a> {
     pub n_embd: usize,
     /// Residual stream `[n_tokens, n_embd]`.
     pub x: Shared<'a>,
+    /// Where a share of a block puts what it would add to the residual stream, which it leaves alone.
+    pub sum: Option<Shared<'a>>,
+    /// Experts that the block's home has chosen for a share of a mixture.
+    pub choices: Option<Choices<'a>>,
     /// `[wanted, n_vocab]`.
     pub logits: Shared<'a>,
     pub layout: &'a Layout,
@@ -104,6 +115,27 @@ impl<'a> Step<'a> {
     /// Columns `cols` of row `token` of the residual stream.
     pub fn row(&self, token: usize, cols: Range<usize>) -> Range<usize> {
         token * self.n_embd + cols.start..token * self.n_embd + cols.end
+    }
+
+    /// Columns `cols` of row `token` of what the block adds to: the residual stream or the sum of a share, which
+    /// [`Step::begin_sum`] has cleared.
+    ///
+    /// # Safety
+    /// As [`Shared::write`].
+    pub unsafe fn target(&self, token: usize, cols: Range<usize>) -> &'a mut [f32] {
+        // SAFETY: as the caller promises.
+        unsafe { self.sum.as_ref().unwrap_or(&self.x).write(self.row(token, cols)) }
+    }
+
+    /// Clears columns `cols` of the sum of a share, in every token.
+    ///
+    /// # Safety
+    /// As [`Shared::write`].
+    pub unsafe fn begin_sum(&self, cols: Range<usize>) {
+        for token in (0..self.n_tokens).filter(|_| self.sum.is_some()) {
+            // SAFETY: as the caller promises.
+            unsafe { self.target(token, cols.clone()).fill(0.0) };
+        }
     }
 
     /// This worker's scratch row.
@@ -163,9 +195,11 @@ impl<'a> Step<'a> {
             assert!(self.n_tokens * n <= tile.len());
             // SAFETY: the tile is this worker's own.
             unsafe { projection.apply(self.isa, rows.clone(), activations, tile.as_mut_ptr(), n) };
+            // SAFETY: these rows of the projection are this worker's piece, in every token.
+            unsafe { self.begin_sum(rows.clone()) };
             for token in 0..self.n_tokens {
-                // SAFETY: these rows of the projection are this worker's piece, in every token.
-                let x = unsafe { self.x.write(self.row(token, rows.clone())) };
+                // SAFETY: as above.
+                let x = unsafe { self.target(token, rows.clone()) };
                 add_scaled(self.isa, x, 1.0, &tile[token * n..][..n]);
             }
         });

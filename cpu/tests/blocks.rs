@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tandem_cpu::handoff::{ELSEWHERE, Handoff, Memory, Task};
 use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
 use tandem_spec::testing::{Buffers, Case, Maker, Poisoned, Rng, Shape, cases, max_abs, relative_rms_of_rows};
-use tandem_spec::{Batch, Block, Head, HeadShape, KvDtype, Linear, Model, TensorType, Weight};
+use tandem_spec::{Batch, Block, Head, HeadShape, KvDtype, Linear, Model, TensorType, Weight, math};
 
 /// Widths below this are quick, also where every access to memory is checked.
 const NARROW: usize = 512;
@@ -229,4 +231,101 @@ fn wrong_requests_are_errors() {
     let options = Options { threads: 1, isa: Isa::Avx512 };
     let loaded = Backend::load(&model, &[0], &source, options, &|_| {});
     assert_eq!(loaded.is_ok(), Isa::Avx512.is_available());
+}
+
+/// The other side of a step, with everything ready; it gives up at task `gives_up_at`.
+struct Desk {
+    memory: Memory,
+    posted: AtomicUsize,
+    gives_up_at: usize,
+}
+
+// SAFETY: the workers use the memory by turns, as they do in a step.
+unsafe impl Sync for Desk {}
+
+impl Handoff for Desk {
+    fn memory(&self) -> Memory {
+        self.memory
+    }
+
+    fn wait(&self, task: usize) -> bool {
+        assert_eq!(task, self.posted.load(Ordering::Relaxed), "one task after the other");
+        task != self.gives_up_at
+    }
+
+    fn post(&self, task: usize) {
+        assert_eq!(task, self.posted.fetch_add(1, Ordering::Relaxed));
+    }
+}
+
+/// A share of a feed-forward block leaves the residual stream alone and gives what its rows or experts add; of the chosen
+/// experts it takes those that are neither elsewhere nor marked so.
+#[test]
+fn shares_give_their_part_of_the_sum() {
+    let mut n_checked = 0;
+    for case in cases() {
+        let part = match &case.shape {
+            Shape::Ffn(s) if s.n_ff > 256 => 256..s.n_ff,
+            Shape::Moe(s) if s.n_experts > 2 => 1..s.n_experts,
+            _ => continue,
+        };
+        let (block, source) = case.block();
+        let share = block.share(part.clone(), false);
+        let matrices = |w: &Weight| Ok::<_, std::convert::Infallible>(tandem_spec::Matrix::decode(w, &source));
+        let (Ok(exact), Ok(whole)) = (share.try_map(&mut |w| matrices(w)), block.try_map(&mut |w| matrices(w)));
+        let model = model(&case, share);
+        for (batch, x) in case.inputs() {
+            let (n_tokens, n_embd) = (batch.tokens.len(), case.n_embd());
+            let mut want: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
+            let (mut ids, mut weights) = (Vec::new(), Vec::new());
+            match (&exact, &whole) {
+                (Block::Ffn(b), _) => b.reference(&mut want),
+                (Block::Moe(b), Block::Moe(whole)) => {
+                    let s = &b.shape;
+                    for row in want.chunks_exact_mut(n_embd) {
+                        let h = math::rms_norm(row, &b.ffn_norm, s.rms_eps);
+                        for (i, (expert, weight)) in whole.route(&h).into_iter().enumerate() {
+                            let is_last = i + 1 == s.n_used; // the home computes it, whatever it is
+                            ids.push(expert as u32 | if is_last { ELSEWHERE } else { 0 });
+                            weights.push(weight as f32);
+                            if is_last || !part.contains(&expert) {
+                                continue;
+                            }
+                            let e = expert - part.start;
+                            let up = b.ffn_up_exps.apply_stacked(e, s.n_ff, &h);
+                            let mut y = b.ffn_gate_exps.apply_stacked(e, s.n_ff, &h);
+                            y.iter_mut().zip(up).for_each(|(g, u)| *g = math::silu(*g) * u);
+                            let y = b.ffn_down_exps.apply_stacked(e, n_embd, &y);
+                            row.iter_mut().zip(y).for_each(|(x, y)| *x += weight * y);
+                        }
+                    }
+                }
+                _ => unreachable!("feed-forward blocks"),
+            }
+            want.iter_mut().zip(&x).for_each(|(w, x)| *w -= f64::from(*x));
+            for isa in isas() {
+                let backend = load(&model, &source, isa, 2);
+                let mut state = backend.state(size(&case)).expect("memory");
+                let (mut stream, mut sum) = (x.clone(), Poisoned::new(x.len()));
+                let memory = Memory {
+                    x: stream.as_mut_ptr(),
+                    sum: sum.out().as_mut_ptr(),
+                    len: n_tokens * n_embd,
+                    ids: ids.as_ptr(),
+                    weights: weights.as_ptr(),
+                    n_choices: ids.len(),
+                };
+                let desk = Desk { memory, posted: AtomicUsize::new(0), gives_up_at: 1 };
+                let tasks = [Task { blocks: 0..1, is_share: true }, Task { blocks: 0..1, is_share: true }];
+                assert!(backend.serve(&tasks[..1], &batch, &mut state, &desk, &mut []).unwrap());
+                let error = relative_rms_of_rows(sum.checked(), &want, n_embd);
+                assert!(error <= bound(&case), "{} on {}: {error:e}", case.name, isa.name());
+                assert_eq!(stream, x, "{}: the residual stream is not the share's", case.name);
+                desk.posted.store(0, Ordering::Relaxed);
+                assert!(!backend.serve(&tasks, &batch, &mut state, &desk, &mut []).unwrap(), "it gave up");
+                n_checked += 1;
+            }
+        }
+    }
+    assert!(n_checked > 10, "only {n_checked} shares");
 }

@@ -9,6 +9,7 @@ use crate::delta_net::DeltaNetOp;
 use crate::device::Device;
 use crate::error::{During, Error};
 use crate::ffn::FfnOp;
+use crate::handoff::{Chosen, Handover, Mailbox};
 use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
 use crate::layout::{self, ExpertSlot};
 use crate::moe::MoeOp;
@@ -108,6 +109,7 @@ pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Re
     for block in blocks {
         Op::new(&mut linker, unplaced(block), Constants::NONE, options)?;
     }
+    Handover::new(&mut linker)?;
     let placed: Vec<_> = blocks.iter().map(unplaced).collect();
     Prompt::new(&mut linker, &placed, options.kv, (8, 0))?;
     let mut programs = linker.programs;
@@ -176,7 +178,7 @@ impl Op {
             Op::Attention(op) => op.launch(step),
             Op::DeltaNet(op) => op.launch(step),
             Op::Ffn(op) => op.launch(step),
-            Op::Moe(op) => op.launch(step),
+            Op::Moe(op) => op.choose(step).and_then(|()| op.add(step)),
             Op::Head(op) => op.launch(step, 0, step.n_wanted),
         }
     }
@@ -203,13 +205,29 @@ fn float_weights(block: &Block<Weight>) -> Vec<&Weight> {
 /// Tokens of a batch from which on the prompt kernels are faster.
 pub const PROMPT_FROM: usize = 16;
 
+/// Something that the CPU workers do in the middle of a step, in the order of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostTask {
+    /// A share: the other share of this block of the backend; else blocks that come before it (or after the last).
+    pub at: usize,
+    /// Whether it is a share of the block.
+    pub is_share: bool,
+    /// Whether the workers need the residual stream: not where they begin with the embedding.
+    pub gives: bool,
+    /// Whether something comes back: not where they end with the head.
+    pub takes: bool,
+}
+
 /// Blocks of a model on one GPU.
 pub struct Backend {
     ops: Vec<Op>,
+    handover: Handover,
+    host_tasks: Vec<HostTask>,
     prompt: Prompt,
     prompt_from: usize,
     /// Tokens of the smallest batch for which the host's shares are streamed, and what streams them.
     streamer: Option<(usize, Mutex<Streamer>)>,
+    streamed_blocks: Vec<usize>,
     blocks: Vec<(Block<DeviceWeight>, Constants)>,
     names: Vec<String>,
     n_embd: usize,
@@ -312,8 +330,10 @@ impl Backend {
             placed_blocks.push((placed.clone(), constants));
             ops.push(Op::new(&mut linker, placed, constants, options)?);
         }
+        let handover = Handover::new(&mut linker)?;
         let all: Vec<_> = placed_blocks.iter().map(|(b, _)| b.clone()).collect();
         let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability())?;
+        let streamed_blocks = streamed.shares.iter().map(|s| s.block).collect();
         let streamer = if streamed.shares.is_empty() {
             None
         } else {
@@ -328,9 +348,12 @@ impl Backend {
         });
         Ok(Self {
             ops,
+            handover,
+            host_tasks: Vec::new(),
             prompt,
             prompt_from: PROMPT_FROM,
             streamer,
+            streamed_blocks,
             blocks: placed_blocks,
             names: blocks.iter().map(Block::name).collect(),
             n_embd,
@@ -348,6 +371,36 @@ impl Backend {
     /// The same with the prompt kernels for batches of `n_tokens` tokens and more: for tests and measurements.
     pub fn with_prompt_from(self, n_tokens: usize) -> Self {
         Self { prompt_from: n_tokens, ..self }
+    }
+
+    /// The same with tasks of the CPU workers between its blocks, in order: [`State::mailbox`] is where they meet.
+    pub fn with_host_tasks(self, host_tasks: Vec<HostTask>) -> Self {
+        Self { host_tasks, ..self }
+    }
+
+    /// For each task of the CPU workers in a step of `n_tokens` over blocks `range`: whether it is theirs, and its weights are
+    /// not streamed to the GPU.
+    pub fn host_tasks(&self, range: std::ops::Range<usize>, n_tokens: usize) -> impl Iterator<Item = bool> {
+        let end = self.ops.len();
+        let within = self.host_tasks.iter().filter(move |t| range.contains(&t.at) || (t.at == end && range.end == end));
+        within.map(move |t| !(t.is_share && self.is_streamed(t.at, n_tokens)))
+    }
+
+    /// Whether the host's share of block `i` comes to the GPU for a batch of `n_tokens`.
+    fn is_streamed(&self, i: usize, n_tokens: usize) -> bool {
+        self.streams(n_tokens) && self.streamed_blocks.contains(&i)
+    }
+
+    fn streams(&self, n_tokens: usize) -> bool {
+        self.streamer.as_ref().is_some_and(|(from, _)| n_tokens >= (*from).max(self.prompt_from))
+    }
+
+    /// Whether the GPU has not failed: what a worker that waits for it asks now and then.
+    pub fn is_alive(&self) -> bool {
+        use sys::CUresult::{CUDA_ERROR_NOT_READY, CUDA_SUCCESS};
+        // SAFETY: the stream lives as long as the device.
+        self.device.bind().is_ok()
+            && matches!(unsafe { sys::cuStreamQuery(self.device.stream()) }, CUDA_SUCCESS | CUDA_ERROR_NOT_READY)
     }
 
     /// Bytes of the weight arena.
@@ -394,8 +447,16 @@ impl Backend {
         }
         let pinned = Pinned::new(self.options.n_slots * 4)?;
         let samplers = vec![SamplerOptions::greedy(); self.options.n_slots];
+        arena.fill(self.layout.handoff, 0)?;
+        let mailbox = match self.host_tasks.is_empty() {
+            true => None,
+            false => {
+                let (n, n_choices) = self.mailbox_size();
+                Some(Arc::new(Mailbox::new(n, n_choices, arena.ptr(self.layout.handoff))?))
+            }
+        };
         let (by_use, graphs) = (self.layout.by_use(), HashMap::new());
-        Ok(State { arena, by_use, graphs, pinned, held: Vec::new(), running: Vec::new(), samplers })
+        Ok(State { mailbox, arena, by_use, graphs, pinned, held: Vec::new(), running: Vec::new(), samplers })
     }
 
     /// Bytes of a copy of the delta-net states of one slot; 0 where no block has any.
@@ -448,6 +509,13 @@ impl Backend {
         delta_nets.flat_map(|(_, ranges)| *ranges).map(|range| (range, range.bytes / self.options.n_slots))
     }
 
+    /// Elements of the residual stream, and chosen experts, that workers are given at most.
+    fn mailbox_size(&self) -> (usize, usize) {
+        let n_used = |(b, _): &(Block<DeviceWeight>, _)| if let Block::Moe(b) = b { b.shape.n_used } else { 0 };
+        let n_used = self.blocks.iter().map(n_used).max().unwrap_or(0);
+        (self.options.n_batch * self.n_embd, self.options.n_batch * n_used)
+    }
+
     fn step<'a>(&'a self, state: &State) -> Step<'a> {
         Step::new(&self.device, &self.layout, &self.options, |range| state.arena.ptr(range))
     }
@@ -456,11 +524,12 @@ impl Backend {
         self.layout.blocks[block].map(|range| state.arena.ptr(range))
     }
 
-    /// Runs blocks `range` over `batch`. `x` holds the residual stream `[n_tokens, n_embd]`: read unless the first block
-    /// is Embed, written unless the last is Head. `logits` `[wanted, n_vocab]` is written if the last block is Head.
+    /// Runs blocks `range` over `batch`, and the tasks of the CPU workers between them, who must be at work meanwhile. `x`
+    /// holds the residual stream `[n_tokens, n_embd]`: read unless the first block is Embed, written unless the last is
+    /// Head (on either side). `logits` `[wanted, n_vocab]` is written if the last block is Head.
     ///
     /// # Errors
-    /// A batch that does not fit, or a fault, with the block's name.
+    /// A batch that does not fit, a fault, with the block's name, or workers that do not answer.
     pub fn run(
         &self,
         state: &mut State,
@@ -489,7 +558,10 @@ impl Backend {
         step.n_runs = runs.len();
         step.has_long_runs = runs.iter().any(|r| r.n_tokens > 1);
         let x_range = Range { bytes: n * self.n_embd * 4, ..self.layout.x };
-        if !matches!(self.ops[range.start], Op::Embed(_)) {
+        let n_tasks = self.host_tasks(range.clone(), n).filter(|is_theirs| *is_theirs).count();
+        let begins_there = range.start == 0 && self.host_tasks.iter().any(|t| !t.gives);
+        let ends_there = range.end == self.ops.len() && self.host_tasks.iter().any(|t| !t.takes);
+        if !begins_there && !matches!(self.ops[range.start], Op::Embed(_)) {
             assert_eq!(x.len(), n * self.n_embd, "residual stream");
             state.arena.write(x_range, x)?;
         }
@@ -500,25 +572,14 @@ impl Backend {
         } else {
             None
         };
-        let mut streamer = match &self.streamer {
-            Some((from, streamer)) if tables.is_some() && n >= *from => {
-                Some(streamer.lock().unwrap_or_else(PoisonError::into_inner))
-            }
-            _ => None,
-        };
+        let streamer = self.streamer.as_ref().filter(|_| self.streams(n));
+        let mut streamer = streamer.map(|(_, streamer)| streamer.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(streamer) = &mut streamer {
             streamer.begin(range.clone())?;
         }
         for i in range.clone() {
             step.state = self.state_of(state, i);
-            if let Some(tables) = &tables
-                && !matches!(self.ops[i], Op::Embed(_) | Op::Head(_))
-            {
-                let scratch = state.arena.ptr(self.layout.scratch);
-                let parts = streamer.as_mut().map(|s| s.parts(i));
-                self.launch_prompt(i, parts, tables, &step, scratch).map_err(|e| self.in_block(i, e))?;
-                continue;
-            }
+            self.meet(state, &step, i)?;
             if let Op::Head(head) = &self.ops[i] {
                 assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
                 for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
@@ -533,23 +594,107 @@ impl Backend {
                     }
                     state.arena.read(self.layout.logits, out)?;
                 }
-                return Ok(());
+                return self.end_meetings(state, n_tasks);
             }
-            self.ops[i].launch(&step).map_err(|e| self.in_block(i, e))?;
+            let parts = streamer.as_mut().map(|s| s.parts(i));
+            self.launch_block(state, &step, i, tables.as_ref(), parts).map_err(|e| self.in_block(i, e))?;
         }
-        assert_eq!(x.len(), n * self.n_embd, "residual stream");
-        state.arena.read(x_range, x)
+        if range.end == self.ops.len() {
+            self.meet(state, &step, range.end)?;
+        }
+        if !ends_there {
+            assert_eq!(x.len(), n * self.n_embd, "residual stream");
+            state.arena.read(x_range, x)?;
+        }
+        self.end_meetings(state, n_tasks)
+    }
+
+    /// Queues the blocks that the CPU workers run before block `i`.
+    fn meet(&self, state: &State, step: &Step, i: usize) -> Result<(), Error> {
+        let n = step.n_tokens * self.n_embd;
+        for task in self.host_tasks.iter().filter(|t| t.at == i && !t.is_share) {
+            let mailbox = state.mailbox.as_ref().expect("made with the tasks");
+            let (given, started) = if task.gives { (n, Ptr::NULL) } else { (0, step.sampled.clock) };
+            self.handover.give(step.device, mailbox, step.x, given, step.n_tokens, None, started)?;
+            if task.takes {
+                self.handover.take(step.device, mailbox, step.x, n, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues block `i`, over many tokens where there are `tables`, and what its other share on the CPU adds.
+    fn launch_block(
+        &self,
+        state: &State,
+        step: &Step,
+        i: usize,
+        tables: Option<&Tables>,
+        parts: Option<Parts>,
+    ) -> Result<(), Error> {
+        let n = step.n_tokens * self.n_embd;
+        let is_met = || self.host_tasks.iter().any(|t| t.at == i && t.is_share) && !self.is_streamed(i, step.n_tokens);
+        let mailbox = state.mailbox.as_ref().filter(|_| is_met());
+        let give = |chosen: Option<Chosen>| match mailbox {
+            Some(mailbox) => self.handover.give(step.device, mailbox, step.x, n, step.n_tokens, chosen, Ptr::NULL),
+            None => Ok(()),
+        };
+        match (&self.ops[i], tables) {
+            (Op::Embed(op), _) => op.launch(step)?,
+            (Op::Moe(_), Some(tables)) => {
+                self.launch_prompt(state, i, parts, tables, step, &mut |chosen| give(Some(chosen)))?;
+            }
+            (Op::Moe(op), None) => {
+                op.choose(step)?;
+                give(Some(op.chosen(step)))?;
+                op.add(step)?;
+            }
+            (_, Some(tables)) => {
+                give(None)?;
+                self.launch_prompt(state, i, parts, tables, step, &mut |_| Ok(()))?;
+            }
+            (op, None) => {
+                give(None)?;
+                op.launch(step)?;
+            }
+        }
+        mailbox.map_or(Ok(()), |mailbox| self.handover.take(step.device, mailbox, step.x, n, true))
+    }
+
+    /// After a step of both sides that one of them ended: both begin anew.
+    ///
+    /// # Errors
+    /// The fault that ended it.
+    pub fn recover(&self, state: &State) -> Result<(), Error> {
+        let Some(mailbox) = &state.mailbox else { return Ok(()) };
+        mailbox.abort();
+        self.device.wait("a step")?;
+        mailbox.finish(0);
+        state.arena.fill(self.layout.handoff, 0)
+    }
+
+    /// Waits for a step with `n` tasks of the CPU workers.
+    fn end_meetings(&self, state: &State, n: usize) -> Result<(), Error> {
+        let Some(mailbox) = state.mailbox.as_ref().filter(|_| n > 0) else { return Ok(()) };
+        self.device.wait("a step")?;
+        if mailbox.finish(n) {
+            return Ok(());
+        }
+        self.recover(state)?;
+        Err(Error::NoAnswer)
     }
 
     /// Queues block `i` over many tokens.
     fn launch_prompt(
         &self,
+        state: &State,
         i: usize,
         parts: Option<Parts>,
         tables: &Tables,
         step: &Step,
-        scratch: Ptr,
+        between: &mut dyn FnMut(Chosen) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let scratch = state.arena.ptr(self.layout.scratch);
         let (prompt, device, x, state) = (&self.prompt, &self.device, step.x, step.state);
         match &self.blocks[i] {
             (Block::Attention(b), constants) => {
@@ -558,7 +703,7 @@ impl Backend {
             }
             (Block::DeltaNet(b), _) => prompt.delta_net(device, b, tables, x, state, scratch),
             (Block::Ffn(b), _) => prompt.ffn(device, b, parts, tables, x, scratch),
-            (Block::Moe(b), constants) => prompt.moe(device, b, tables, x, constants.experts, scratch),
+            (Block::Moe(b), constants) => prompt.moe(device, b, tables, x, constants.experts, scratch, between),
             (Block::Embed(_) | Block::Head(_), _) => unreachable!("one kernel for any number of tokens"),
         }
     }
@@ -602,7 +747,9 @@ impl Backend {
     ) -> Result<(), Error> {
         let n = feeds.len();
         assert!(
-            n > 0 && matches!(self.ops.first(), Some(Op::Embed(_))) && matches!(self.ops.last(), Some(Op::Head(_)))
+            n > 0
+                && (matches!(self.ops.first(), Some(Op::Embed(_))) || self.host_tasks.iter().any(|t| !t.gives))
+                && (self.has_head() || self.host_tasks.iter().any(|t| !t.takes))
         );
         assert_eq!(samplers.len(), n, "a sampler for each sequence");
         let batch = Batch {
@@ -649,6 +796,10 @@ impl Backend {
         assert!(!feeds.is_empty(), "a step was started");
         self.device.bind()?;
         self.device.wait("a decode step")?;
+        self.end_meetings(state, self.host_tasks.len())?;
+        if !self.has_head() {
+            return Ok(Vec::new());
+        }
         // SAFETY: it holds a token per slot, and the step that writes it has been waited for.
         let tokens = unsafe { std::slice::from_raw_parts(state.pinned.as_ptr::<u32>(), feeds.len()) }.to_vec();
         if let Some(i) = tokens.iter().position(|t| *t == NO_TOKEN) {
@@ -657,6 +808,11 @@ impl Backend {
         let next = |(f, t): (&Feed, &u32)| Feed { position: f.position + 1, token: *t, ..*f };
         state.held = feeds.iter().zip(&tokens).map(next).collect();
         Ok(tokens)
+    }
+
+    /// Whether the head is here, and with it the choice of tokens.
+    pub fn has_head(&self) -> bool {
+        matches!(self.ops.last(), Some(Op::Head(_)))
     }
 
     /// Writes how `slot` chooses, after `tokens`.
@@ -759,12 +915,13 @@ impl Backend {
         (step.n_tokens, step.n_runs, step.n_wanted) = (n, n, n);
         for (i, op) in self.ops.iter().enumerate() {
             step.state = self.state_of(state, i);
-            op.launch(&step).map_err(|e| self.in_block(i, e))?;
+            self.meet(state, &step, i)?;
+            self.launch_block(state, &step, i, None, None).map_err(|e| self.in_block(i, e))?;
             if let Op::Head(head) = op {
                 head.choose(&step, state.pinned.device_ptr()?)?;
             }
         }
-        Ok(())
+        self.meet(state, &step, self.ops.len())
     }
 
     /// Logits `[n, n_vocab]` of the last decode step of `n` sequences.
@@ -814,6 +971,8 @@ pub struct State {
     samplers: Vec<SamplerOptions>,
     by_use: StateBytes,
     arena: Arena,
+    /// Dropped after the arena, which waits for the stream.
+    mailbox: Option<Arc<Mailbox>>,
 }
 
 impl State {
@@ -829,7 +988,12 @@ impl State {
 
     /// Bytes of pinned host memory.
     pub fn pinned_bytes(&self) -> usize {
-        self.pinned.bytes()
+        self.pinned.bytes() + self.mailbox.as_ref().map_or(0, |mailbox| mailbox.bytes())
+    }
+
+    /// Where the GPU and the CPU workers meet, if there are tasks for them.
+    pub fn mailbox(&self) -> Option<&Arc<Mailbox>> {
+        self.mailbox.as_ref()
     }
 }
 

@@ -78,6 +78,9 @@ pub enum Error {
         /// The compiler's words.
         log: String,
     },
+    /// The CPU's part of a step failed or did not come.
+    #[error("the CPU workers did not answer the GPU within 30 seconds, or failed: the step was ended")]
+    NoAnswer,
     /// Any other driver call.
     #[error("{call}: {reason}")]
     Driver {

@@ -18,14 +18,16 @@ mod delta_net;
 mod dense;
 mod ffn;
 mod gemv;
+pub mod handoff;
 mod head;
 mod moe;
 mod prompt;
 
-pub use backend::{Backend, Feed, PROMPT_FROM, Snapshot, State, WeightsLayout, for_each_weight, programs};
+pub use backend::{Backend, Feed, HostTask, PROMPT_FROM, Snapshot, State, WeightsLayout, for_each_weight, programs};
 pub use compile::Compiler;
 pub use device::{Device, GpuInfo, gpus};
 pub use error::{Error, driver_calls};
+pub use handoff::Mailbox;
 pub use head::can_sample;
 pub use ops::{Options, StateLayout};
 pub use stream::{HostShare, StreamLayout, Streamed};

@@ -5,6 +5,7 @@
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
 use crate::error::Error;
+use crate::handoff::Chosen;
 use crate::layout::ExpertSlot;
 use crate::ops::{DeviceWeight, Linker, Norm, Step};
 use tandem_spec::{Linear, Moe};
@@ -121,15 +122,29 @@ impl MoeOp {
         })
     }
 
-    pub fn launch(&self, step: &Step) -> Result<(), Error> {
-        let (b, s, device, n) = (&self.block, &self.block.shape, step.device, step.n_tokens);
+    /// Queues the norm, the router and the choice of experts.
+    pub fn choose(&self, step: &Step) -> Result<(), Error> {
+        let (s, device, n) = (&self.block.shape, step.device, step.n_tokens);
         self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        let args = self.args(step);
+        // SAFETY: buffers hold `n` rows; the counters start as zero; the kernel waits for its inputs.
+        unsafe { self.route.launch_early(device, Launch::grid((s.n_experts + 1).div_ceil(2), n, 1, 128), &args) }
+    }
+
+    /// What [`MoeOp::choose`] leaves behind.
+    pub fn chosen(&self, step: &Step) -> Chosen {
+        let (n_used, table) = (self.block.shape.n_used, self.table);
+        Chosen { ids: step.routed[2], weights: step.routed[3], table, n_used, stride: n_used + 1 }
+    }
+
+    fn args(&self, step: &Step) -> MoeArgs {
+        let b = &self.block;
         let shared = b.shared.as_ref();
         let of_shared = |f: fn(&tandem_spec::SharedExpert<DeviceWeight>) -> &Linear<DeviceWeight>| {
             shared.map_or(Expert::NONE, |e| Expert::new(f(e)))
         };
         let [gate, up, down] = &routed(b);
-        let args = MoeArgs {
+        MoeArgs {
             h: step.hidden.x,
             codes: step.hidden.codes,
             heads: step.hidden.heads,
@@ -154,13 +169,18 @@ impl MoeOp {
             act_codes: step.mixed.codes,
             act_heads: step.mixed.heads,
             x: step.x,
-        };
+        }
+    }
+
+    /// Queues the chosen experts that are here, and the shared one.
+    pub fn add(&self, step: &Step) -> Result<(), Error> {
+        let (s, device, n) = (&self.block.shape, step.device, step.n_tokens);
+        let (args, shared) = (self.args(step), self.block.shared.as_ref());
         let n_shared = usize::from(shared.is_some());
         let width = if shared.is_some() { s.n_ff.max(s.n_ff_shared) } else { s.n_ff };
         // SAFETY: buffers hold `n` rows; ids lie below `n_experts` whatever the logits are; the counters start
-        // as zero; all three kernels wait for their inputs.
+        // as zero; both kernels wait for their inputs.
         unsafe {
-            self.route.launch_early(device, Launch::grid((s.n_experts + 1).div_ceil(2), n, 1, 128), &args)?;
             let blocks = width.next_multiple_of(32) / outputs_per_block(s.n_embd);
             self.gate_up.launch_early(device, Launch::grid(blocks, s.n_used + n_shared, n, 128), &args)?;
             self.down.launch_early(device, Launch::grid(s.n_embd.div_ceil(2), n, 1, 128), &args)

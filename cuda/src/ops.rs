@@ -142,6 +142,8 @@ pub struct StateLayout {
     pub(crate) sampled: Sampled<Range>,
     /// Of keys and values, and of delta-net states.
     own: StateBytes,
+    /// Counters of hand-overs to the CPU workers.
+    pub(crate) handoff: Range,
     total: usize,
 }
 
@@ -248,6 +250,7 @@ impl StateLayout {
             logits: ranges.take(logit_rows * n_vocab * 4),
             sampled: Sampled::new(&mut ranges, n_slots, n_vocab),
             own,
+            handoff: ranges.take(crate::handoff::COUNTER_BYTES),
             total: ranges.total(),
         }
     }

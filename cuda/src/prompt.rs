@@ -11,6 +11,7 @@ use crate::compile::{Args, Function, Launch, Program};
 use crate::dense::{self, Dense};
 use crate::device::Device;
 use crate::error::{During, Error};
+use crate::handoff::Chosen;
 use crate::moe::routed;
 use crate::ops::{Constants, DeviceWeight, Linker};
 use crate::stream::Parts;
@@ -1000,7 +1001,8 @@ impl Prompt {
     }
 
     /// Runs a mixture of experts over `x` `[n_tokens, n_embd]` f32, in place: those experts that have a slot in `table`
-    /// `[n_experts]` u64, and the shared one.
+    /// `[n_experts]` u64, and the shared one;
+    /// `between` queues what comes between the choice of experts and their products.
     ///
     /// # Errors
     /// What the driver says.
@@ -1012,6 +1014,7 @@ impl Prompt {
         x: Ptr,
         table: Ptr,
         scratch: Ptr,
+        between: &mut dyn FnMut(Chosen) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (m, n) = (&b.shape, t.n_tokens);
         let n_rows = n * m.n_used;
@@ -1042,6 +1045,8 @@ impl Prompt {
         let choose = Launch::new(n.div_ceil(8), 256).shared(8 * 4 * m.n_experts);
         // SAFETY: the buffers hold n_tokens rows of n_experts logits and n_used choices.
         unsafe { self.choose.launch(device, choose, &args)? };
+        let (ids, weights) = (s.expert, s.weight);
+        between(Chosen { ids, weights, table, n_used: m.n_used, stride: m.n_used })?;
         let per_expert = n_rows.div_ceil(m.n_experts);
         let [gate, up, down] = &routed(b);
         let mut experts = [gate, down].map(|l| {

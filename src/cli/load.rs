@@ -87,7 +87,7 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
     options.isa = plan.isa; // that of a saved plan
     let start = Instant::now();
     let engine = match load(opened, plan, &options) {
-        Err(error @ (Error::Cuda(_) | Error::Shared { .. })) if !args.wishes.asks_for_gpu() => {
+        Err(error @ Error::Cuda(_)) if !args.wishes.asks_for_gpu() => {
             eprintln!("{error}; running on the CPU");
             machine.gpus.clear();
             load(opened, args.wishes.plan(&opened.model, &machine, &Wishes { vram: Vec::new(), ..wishes })?, &options)?

@@ -24,12 +24,6 @@ pub enum Error {
     /// A GPU failed, or is not there.
     #[error(transparent)]
     Cuda(#[from] tandem_cuda::Error),
-    /// A plan that shares a block between devices.
-    #[error("the plan shares block {block} between devices; this version runs a block on one device only")]
-    Shared {
-        /// Index of the block.
-        block: usize,
-    },
     /// A batch that does not fit the plan or the vocabulary.
     #[error("{0}")]
     Batch(String),

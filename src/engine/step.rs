@@ -1,11 +1,14 @@
-//! One step: the blocks of the model, in order, each on the device where the plan put it.
+//! One step: the blocks of the model, in order, each on the device where the plan put it. Where the CPU has a part in
+//! what a GPU does, both work at the same time: the GPU's launches are queued, the workers serve its hand-overs.
 
 use super::Error;
-use crate::plan::{Device, Plan, Pool};
+use crate::plan::{Device, Plan, Pool, Run, Runs};
 use std::ops::Range;
 use std::path::PathBuf;
+use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
-use tandem_spec::{Batch, Block, Model, SamplerOptions, StateBytes, TensorSource};
+use tandem_cuda::Feed;
+use tandem_spec::{Batch, Block, Model, SamplerOptions, Sequence, StateBytes, TensorSource};
 
 /// How the devices of a plan are used.
 pub struct DeviceOptions {
@@ -23,16 +26,7 @@ pub struct Engine {
     plan: Plan,
     cpu: Option<tandem_cpu::Backend>,
     gpus: Vec<(Device, tandem_cuda::Backend)>,
-    runs: Vec<DeviceRun>,
-}
-
-/// Consecutive blocks on one device.
-struct DeviceRun {
-    device: Device,
-    /// Indices of the blocks in the model.
-    blocks: Range<usize>,
-    /// Their indices among the blocks of the device.
-    local: Range<usize>,
+    runs: Vec<Run>,
 }
 
 /// Everything that changes while an engine runs: KV rows and GDN states by slot, and the buffers of a step.
@@ -49,20 +43,42 @@ pub struct Snapshot {
     gpus: Vec<tandem_cuda::Snapshot>,
 }
 
-/// The longest runs of consecutive blocks that one device has wholly.
-fn device_runs(plan: &Plan) -> Result<Vec<DeviceRun>, Error> {
-    let mut runs: Vec<DeviceRun> = Vec::new();
-    for block in 0..plan.places.len() {
-        let device = plan.device(block).ok_or(Error::Shared { block })?;
-        match runs.last_mut() {
-            Some(run) if run.device == device => (run.blocks.end, run.local.end) = (block + 1, run.local.end + 1),
-            _ => {
-                let first = runs.iter().filter(|r| r.device == device).map(|r| r.local.len()).sum();
-                runs.push(DeviceRun { device, blocks: block..block + 1, local: first..first + 1 });
-            }
-        }
+/// A GPU and the CPU workers in a step of both.
+struct Meeting<'a> {
+    gpu: &'a tandem_cuda::Backend,
+    mailbox: &'a tandem_cuda::Mailbox,
+    /// Where the step's hand-overs begin.
+    base: u32,
+}
+
+impl<'a> Meeting<'a> {
+    fn new(gpu: &'a tandem_cuda::Backend, mailbox: &'a tandem_cuda::Mailbox) -> Self {
+        Self { gpu, mailbox, base: mailbox.begin() }
     }
-    Ok(runs)
+}
+
+impl Handoff for Meeting<'_> {
+    fn memory(&self) -> Memory {
+        let (x, sum, len, ids, weights, n_choices) = self.mailbox.memory();
+        Memory { x, sum, len, ids, weights, n_choices }
+    }
+
+    fn wait(&self, task: usize) -> bool {
+        self.mailbox.wait(self.base, task, &|| self.gpu.is_alive())
+    }
+
+    fn post(&self, task: usize) {
+        self.mailbox.post(self.base, task);
+    }
+}
+
+/// Ends the step for both sides when it is dropped, unless it is forgotten.
+struct AbortOnDrop<'a>(&'a tandem_cuda::Mailbox);
+
+impl Drop for AbortOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Engine {
@@ -70,8 +86,7 @@ impl Engine {
     /// [`Engine::planned_weight_bytes`] in all; it may be called from several threads.
     ///
     /// # Errors
-    /// Too little memory, a device that is not there, a weight that a backend cannot multiply with, or a plan that
-    /// shares a block between devices.
+    /// Too little memory, a device that is not there, or a weight that a backend cannot multiply with.
     pub fn load(
         model: Model,
         plan: Plan,
@@ -80,17 +95,16 @@ impl Engine {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, Error> {
         plan.check(&model).map_err(Error::Batch)?;
-        let runs = device_runs(&plan)?;
+        let Runs { runs, gpus: host_tasks } = Runs::new(&plan.places);
         let (mut cpu, mut gpus, mut done) = (None, Vec::new(), 0);
         for device in plan.devices() {
-            let indices: Vec<usize> =
-                runs.iter().filter(|r| r.device == device).flat_map(|r| r.blocks.clone()).collect();
+            let (model, indices) = plan.shares(&model, device);
             let before = done;
             match device {
                 Device::Cpu => {
                     let options = tandem_cpu::Options { threads: plan.threads, isa: options.isa };
-                    let backend =
-                        tandem_cpu::Backend::load(&model, &indices, source, options, &|n| progress(before + n))?;
+                    let progress = |n| progress(before + n);
+                    let backend = tandem_cpu::Backend::load(&model, &indices, source, options, &progress)?;
                     done += backend.weight_bytes();
                     cpu = Some(backend);
                 }
@@ -104,7 +118,8 @@ impl Engine {
                     let mut tell = |n: usize, _| progress(before + n as u64);
                     let backend = tandem_cuda::Backend::load(&gpu, compiler, &blocks, source, &sizes, &mut tell)?;
                     done += backend.weight_bytes() as u64;
-                    gpus.push((device, backend));
+                    let (_, tasks) = host_tasks.iter().find(|(d, _)| *d == device).expect("a device of the plan");
+                    gpus.push((device, backend.with_host_tasks(tasks.clone())));
                 }
             }
         }
@@ -191,37 +206,104 @@ impl Engine {
         for sequence in batch.sequences.iter().filter(|s| s.position == 0) {
             states.reset(sequence.slot); // on a GPU a sequence begins anew at position 0 by itself
         }
-        let x = &mut states.x[..batch.tokens.len() * self.model.n_embd];
+        let n_embd = self.model.n_embd;
         states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
-        let logits = &mut states.logits[..];
-        if let ([(_, gpu)], None) = (&self.gpus[..], &self.cpu)
-            && batch.wanted.len() == batch.sequences.len()
-            && batch.tokens.len() == batch.sequences.len()
-        {
-            let feed = |(s, &token): (&tandem_spec::Sequence, &u32)| tandem_cuda::Feed {
-                slot: s.slot,
-                position: s.position,
-                token,
-            };
+        let is_decode = batch.wanted.len() == batch.sequences.len() && batch.tokens.len() == batch.sequences.len();
+        if let ([Run::Gpu { tasks, .. }], true) = (&self.runs[..], is_decode) {
+            let gpu = &self.gpus[0].1;
+            let feed = |(s, &token): (&Sequence, &u32)| Feed { slot: s.slot, position: s.position, token };
             let feeds: Vec<_> = batch.sequences.iter().zip(&batch.tokens).map(feed).collect();
-            gpu.decode(&mut states.gpus[0], &feeds)?;
-            gpu.logits(&states.gpus[0], logits)?;
-            return Ok(logits);
+            let greedy = SamplerOptions::greedy();
+            gpu.launch(&mut states.gpus[0], &feeds, &vec![(&greedy, &[][..]); feeds.len()])?;
+            self.serve(tasks, batch, states)?;
+            gpu.wait(&mut states.gpus[0])?;
+            if gpu.has_head() {
+                gpu.logits(&states.gpus[0], &mut states.logits)?;
+            }
+            return Ok(&states.logits);
         }
         for run in &self.runs {
-            match run.device {
-                Device::Cpu => {
-                    let (backend, state) = (self.cpu.as_ref(), states.cpu.as_mut());
-                    let (Some(backend), Some(state)) = (backend, state) else { unreachable!("loaded with the plan") };
-                    backend.run(run.blocks.clone(), batch, state, x, logits)?;
+            let States { cpu: cpu_state, gpus, x, logits } = states;
+            let x = &mut x[..batch.tokens.len() * n_embd];
+            match run {
+                Run::Cpu(blocks) => {
+                    let (Some(cpu), Some(state)) = (&self.cpu, cpu_state) else { unreachable!("loaded with the plan") };
+                    cpu.run(blocks.clone(), batch, state, x, logits)?;
                 }
-                device => {
-                    let i = self.gpus.iter().position(|(d, _)| *d == device).expect("loaded with the plan");
-                    self.gpus[i].1.run(&mut states.gpus[i], run.local.clone(), batch, x, logits)?;
+                Run::Gpu { gpu, local, tasks } => {
+                    let backend = &self.gpus[*gpu].1;
+                    let are_theirs = backend.host_tasks(local.clone(), batch.tokens.len());
+                    let tasks = tasks.iter().zip(are_theirs).filter(|(_, is_theirs)| *is_theirs);
+                    let tasks: Vec<Task> = tasks.map(|(task, _)| task.clone()).collect();
+                    if tasks.is_empty() {
+                        backend.run(&mut gpus[*gpu], local.clone(), batch, x, logits)?;
+                    } else {
+                        self.run_both(*gpu, local, &tasks, batch, states)?;
+                    }
                 }
             }
         }
-        Ok(logits)
+        Ok(&states.logits)
+    }
+
+    /// The CPU's part of a step that the one GPU has begun.
+    fn serve(&self, tasks: &[Task], batch: &Batch, states: &mut States) -> Result<(), Error> {
+        let States { cpu: Some(state), gpus, logits, .. } = states else { return Ok(()) };
+        let (Some(cpu), Some(mailbox)) = (&self.cpu, gpus[0].mailbox()) else { return Ok(()) };
+        let gpu = &self.gpus[0].1;
+        let abort = AbortOnDrop(mailbox);
+        match cpu.serve(tasks, batch, state, &Meeting::new(gpu, mailbox), logits) {
+            Ok(true) => std::mem::forget(abort),
+            Ok(false) => {} // the GPU says so when it is waited for
+            Err(error) => {
+                drop(abort);
+                gpu.recover(&gpus[0])?;
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs blocks `local` of a GPU with the CPU's tasks between them: the launches are queued on this thread, since their
+    /// queue may fill before the workers have answered, and the workers serve on another.
+    fn run_both(
+        &self,
+        gpu: usize,
+        local: &Range<usize>,
+        tasks: &[Task],
+        batch: &Batch,
+        states: &mut States,
+    ) -> Result<(), Error> {
+        let (backend, cpu) = (&self.gpus[gpu].1, self.cpu.as_ref().expect("loaded with the plan"));
+        let States { cpu: cpu_state, gpus, x, logits } = states;
+        let cpu_state = cpu_state.as_mut().expect("made with the plan");
+        let x = &mut x[..batch.tokens.len() * self.model.n_embd];
+        let mailbox = gpus[gpu].mailbox().expect("made with the tasks").clone();
+        let has_head = tasks.last().is_some_and(|t| t.blocks.end == self.model.blocks.len()) && !backend.has_head();
+        let (cpu_logits, gpu_logits) =
+            if has_head { (&mut logits[..], &mut [][..]) } else { (&mut [][..], &mut logits[..]) };
+        let meeting = Meeting::new(backend, &mailbox);
+        let (queued, served) = std::thread::scope(|scope| {
+            let workers = scope.spawn(|| {
+                let abort = AbortOnDrop(&mailbox);
+                let served = cpu.serve(tasks, batch, cpu_state, &meeting, cpu_logits);
+                if matches!(served, Ok(true)) {
+                    std::mem::forget(abort);
+                }
+                served
+            });
+            let queued = backend.run(&mut gpus[gpu], local.clone(), batch, x, gpu_logits);
+            if queued.is_err() {
+                mailbox.abort();
+            }
+            (queued, workers.join())
+        });
+        let served = served.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        if queued.is_err() || !matches!(served, Ok(true)) {
+            backend.recover(&gpus[gpu])?;
+        }
+        served?;
+        Ok(queued?)
     }
 
     /// Starts the step of the last token of `prefix` in `slot`, which has seen the others, and the choice of the next
@@ -236,12 +318,15 @@ impl Engine {
         prefix: &[u32],
         options: &SamplerOptions,
     ) -> Result<bool, Error> {
-        let ([(_, gpu)], None, true) = (&self.gpus[..], &self.cpu, tandem_cuda::can_sample(options)) else {
+        let ([Run::Gpu { tasks, .. }], [(_, gpu)]) = (&self.runs[..], &self.gpus[..]) else { return Ok(false) };
+        if !gpu.has_head() || !tandem_cuda::can_sample(options) {
             return Ok(false);
-        };
+        }
         let position = prefix.len() - 1;
-        let feed = tandem_cuda::Feed { slot, position, token: prefix[position] };
+        let feed = Feed { slot, position, token: prefix[position] };
         gpu.launch(&mut states.gpus[0], &[feed], &[(options, prefix)])?;
+        let batch = Batch::single(slot, position, &prefix[position..], false);
+        self.serve(tasks, &batch, states)?;
         Ok(true)
     }
 

@@ -1,7 +1,7 @@
 //! The account: every byte that a plan takes, by device and pool. Sizes of packed weights, states, scratch and staging
 //! are the backends' to say, about the same shares of blocks that they load; this is the one place that asks.
 
-use super::{Device, Limit, Place, Share};
+use super::{Device, Limit, Place, Runs, Share};
 use serde::{Deserialize, Serialize};
 use tandem_cpu::{Isa, StateSize};
 use tandem_spec::{Block, KvDtype, Model, StateBytes, Weight};
@@ -245,6 +245,15 @@ pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &S
     entries(Device::Cpu, rows)
 }
 
+/// Pinned memory in which a GPU and the CPU workers meet.
+pub(super) fn mailbox_entry(model: &Model, gpu: Device, sizes: &Sizes) -> Entry {
+    let n_used = |block: &Block<Weight>| if let Block::Moe(b) = block { b.shape.n_used } else { 0 };
+    let n_choices = sizes.n_batch * model.blocks.iter().map(n_used).max().unwrap_or(0);
+    let bytes = tandem_cuda::handoff::mailbox_bytes(sizes.n_batch * model.n_embd, n_choices) as u64;
+    let name = format!("hand-offs between {gpu} and the CPU");
+    Entry { device: Device::Cpu, pool: Pool::Pinned, name, block: None, bytes }
+}
+
 /// Entries of a GPU beside its blocks. `state` is everything that its states take, allocated after loading.
 pub(super) fn gpu_entries(
     model: &Model,
@@ -290,6 +299,8 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     let mut used: Vec<Device> = places.iter().flatten().map(|s| s.device).filter(|d| *d != Device::Cpu).collect();
     used.sort();
     used.dedup();
+    let with_tasks = Runs::new(places).gpus.into_iter().filter(|(_, tasks)| !tasks.is_empty());
+    let meets: Vec<Device> = with_tasks.map(|(device, _)| device).collect();
     let mut entries = Vec::new();
     for device in std::iter::once(Device::Cpu).chain(used.iter().copied()) {
         let (shares, blocks) = shares(model, places, device);
@@ -300,6 +311,9 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
         } else {
             state_bytes(&shares, device, gpu.n_sms, &blocks, sizes)
         };
+        if meets.contains(&device) {
+            entries.push(mailbox_entry(model, device, sizes));
+        }
         entries.extend(match device {
             Device::Cpu => host_entries(model, state.scratch, used.len(), sizes),
             Device::Cuda(_) => gpu_entries(model, device, gpu, state.scratch, state.total(), sizes),

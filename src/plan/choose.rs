@@ -12,7 +12,7 @@
 
 use super::bytes::{self, Sizes};
 use super::time::{self, Rates};
-use super::{Alternative, Device, FFN_UNIT, Place, Plan, Refusal, Share, Wishes, Workload, n_parts};
+use super::{Alternative, Device, Place, Plan, Refusal, Share, Wishes, Workload, n_parts, row_unit};
 use crate::machine::Machine;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 
@@ -28,7 +28,7 @@ type Level = usize;
 
 fn max_level(block: &Block<Weight>) -> Level {
     match block {
-        Block::Ffn(b) => b.shape.n_ff.div_ceil(FFN_UNIT),
+        Block::Ffn(b) => b.shape.n_ff.div_ceil(row_unit(b)),
         Block::Moe(b) => 1 + b.shape.n_experts, // 1: home on the GPU, all routed experts on the CPU
         _ => 1,
     }
@@ -37,7 +37,7 @@ fn max_level(block: &Block<Weight>) -> Level {
 /// Rows or experts on the GPU at `level`.
 fn gpu_part(block: &Block<Weight>, level: Level) -> usize {
     match block {
-        Block::Ffn(b) => (level * FFN_UNIT).min(b.shape.n_ff),
+        Block::Ffn(b) => (level * row_unit(b)).min(b.shape.n_ff),
         Block::Moe(_) => level.saturating_sub(1),
         _ => level,
     }
@@ -359,8 +359,10 @@ impl<'a> Tables<'a> {
             sum(bytes::gpu_entries(model, Device::Cuda(0), size, scratch, scratch, &sizes))
         });
         let gpu_base = gpu_base.collect();
-        let host_base =
-            |n| sum(bytes::host_entries(model, 0, n, &sizes)) + bytes::most_snapshot_bytes(model, n > 0, &sizes);
+        let host_base = |n| {
+            let meet = n as u64 * bytes::mailbox_entry(model, Device::Cuda(0), &sizes).bytes;
+            sum(bytes::host_entries(model, 0, n, &sizes)) + meet + bytes::most_snapshot_bytes(model, n > 0, &sizes)
+        };
         let host_base: Vec<u64> = (0..=problem.order.len()).map(host_base).collect();
         type Class = Vec<(TensorType, usize, usize)>; // type, rows and columns of every weight
         let mut classes: Vec<(Class, usize)> = Vec::new();
@@ -801,7 +803,7 @@ pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Wor
             return None;
         }
         levels.push(match block {
-            Block::Ffn(_) => place[0].part.len().div_ceil(FFN_UNIT),
+            Block::Ffn(b) => place[0].part.len().div_ceil(row_unit(b)),
             Block::Moe(_) => 1 + place[0].part.len(),
             _ => 1,
         });

@@ -4,11 +4,13 @@
 mod bytes;
 mod choose;
 mod predict;
+mod runs;
 mod show;
 mod time;
 
 pub use bytes::{Entry, Pool, total};
 pub use predict::{DeviceTime, Group, Prediction};
+pub use runs::{Run, Runs};
 pub use show::{html, summary, text, why};
 pub use time::{token_bytes, token_roof_seconds};
 
@@ -17,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
 use tandem_cpu::Isa;
-use tandem_spec::{Block, KvDtype, Model};
+use tandem_spec::{Block, Ffn, KvDtype, Model, Weight};
 
 /// A place where a block can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -38,8 +40,11 @@ impl fmt::Display for Device {
     }
 }
 
-/// FFN rows are shared between devices in units of this many: a super-block of the K-quants in `ffn_down`.
-pub const FFN_UNIT: usize = 256;
+/// FFN rows are shared between devices in units of this many: a super-block of the K-quants in `ffn_down`; where that
+/// would be a quarter of the block or more, as few as kernels and quantisation blocks allow.
+pub fn row_unit(block: &Ffn<Weight>) -> usize {
+    if block.shape.n_ff > 1024 { 256 } else { block.ffn_down.weight.ty.row().block_len.max(32) }
+}
 
 /// The part of a block that one device computes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -211,11 +216,12 @@ impl Plan {
                     return Err(format!("{}: the shares do not follow each other: {place:?}", block.name()));
                 }
                 end = share.part.end;
-                if matches!(block, Block::Ffn(_)) && end != n && end % FFN_UNIT != 0 {
-                    return Err(format!(
-                        "{}: a share ends at row {end}, not at a multiple of {FFN_UNIT}",
-                        block.name()
-                    ));
+                if let Block::Ffn(b) = block
+                    && end != n
+                    && end % row_unit(b) != 0
+                {
+                    let (name, unit) = (block.name(), row_unit(b));
+                    return Err(format!("{name}: a share ends at row {end}, not at a multiple of {unit}"));
                 }
             }
             if end != n {

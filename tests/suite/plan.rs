@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use tandem::machine::{self, Machine};
-use tandem::plan::{self, Device, FFN_UNIT, PlaceRule, Plan, Pool, Wishes, Workload, n_parts};
+use tandem::plan::{self, Device, PlaceRule, Plan, Pool, Wishes, Workload, n_parts, row_unit};
 use tandem_spec::testing::shapes::{self, Mix, Shape};
 use tandem_spec::{Block, KvDtype, Model, Tensor, TensorType};
 
@@ -357,9 +357,9 @@ proptest! {
         prop_assert_eq!(made.check(&model), Ok(()));
         for (block, place) in model.blocks.iter().zip(&made.places) {
             prop_assert_eq!(place.iter().map(|s| s.part.len()).sum::<usize>(), n_parts(block));
-            if let Block::Ffn(_) = block {
+            if let Block::Ffn(b) = block {
                 let inner = &place[..place.len() - 1];
-                prop_assert!(inner.iter().all(|s| s.part.end % FFN_UNIT == 0));
+                prop_assert!(inner.iter().all(|s| s.part.end % row_unit(b) == 0));
             }
         }
         // Every tensor's bytes: at least those of the file, and no more than alignment and a panel of 16 rows add.
