@@ -179,7 +179,7 @@ pub fn upload(
                         (buffer, memory, i)
                     };
                     let Some(piece) = pieces.get(i) else { return };
-                    // SAFETY: the buffer holds BUFFER_BYTES, a piece at most as many, and no one else uses it now.
+                    // SAFETY: the buffer holds BUFFER_BYTES, `cut` makes no longer piece, and no one else uses it now.
                     let buffer_bytes = unsafe { std::slice::from_raw_parts_mut(memory.0, piece.bytes) };
                     let weight = &items[piece.item].weight;
                     weight.read(source, piece.first_block * weight.ty.row().block_bytes, buffer_bytes);
@@ -244,8 +244,9 @@ fn queue(
         let (matrix, at) = ((first_byte + done) / per_matrix, (first_byte + done) % per_matrix);
         let n = if quantised { piece.bytes } else { (per_matrix - at).min(piece.bytes - done) };
         let target = if quantised { staging } else { weight.offset(matrix * item.stride + at) };
-        // SAFETY: the buffer stays filled until its event has passed; the target lies in the arena or in this
-        // buffer's part of the staging memory, which the previous relayout on this stream has left.
+        // SAFETY: the buffer holds the piece and stays filled until its event has passed. The target lies in the item's
+        // range of the arena, which `cut` found as long as its matrices at their strides, or is this buffer's part of
+        // the staging memory, which the previous relayout on this stream has left.
         unsafe {
             let bytes = std::slice::from_raw_parts(memory.0.add(done), n);
             result::memcpy_htod_async(target.0, bytes, device.stream()).during("copying weights")?;
@@ -265,7 +266,8 @@ fn queue(
             n_blocks: n_blocks as u64,
         };
         let launch = Launch::new((n_blocks * row.block_len / 32).div_ceil(256), 256);
-        // SAFETY: source and target hold `n_blocks` blocks from `first`.
+        // SAFETY: the source holds the `n_blocks` of the piece; the target holds all matrices at their strides, as `cut`
+        // compared, and `first` and `n_blocks` count blocks of them.
         unsafe { functions[&item.weight.ty].launch(device, launch, &args)? };
     }
     Ok(())
