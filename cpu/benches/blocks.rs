@@ -1,4 +1,5 @@
-//! Time of every kind of block in the shape of a released model: one token, a prompt, and one token behind a long context.
+//! Time of every kind of block in the shape of a released model: one token, a prompt, and one token behind a long
+//! context.
 //! `cargo bench -p tandem-cpu --bench blocks -- [--threads N] [--isa NAME] [KIND ..]`
 
 use std::time::Instant;

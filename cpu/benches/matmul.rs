@@ -1,5 +1,6 @@
-//! Products of packed matrices against the roofs of this machine: read bandwidth for one row of activations (generation), 8-bit
-//! multiply-adds for many (prompts). `cargo bench -p tandem-cpu --bench matmul -- [--threads N] [--isa NAME] [TYPE ...]`
+//! Products of packed matrices against the roofs of this machine: read bandwidth for one row of activations
+//! (generation), 8-bit multiply-adds for many (prompts).
+//! `cargo bench -p tandem-cpu --bench matmul -- [--threads N] [--isa NAME] [TYPE ...]`
 
 use std::hint::black_box;
 use std::time::Instant;

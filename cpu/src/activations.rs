@@ -1,6 +1,6 @@
-//! Rows of activations prepared for [`crate::Matrix::mul`]: as they are (f32), and rounded to 8 bits in blocks of 32 or of
-//! 256 columns, whichever the weights' blocks are. Owns the rounding and the layout; refuses nothing, its sizes are
-//! the caller's promise and are asserted.
+//! Rows of activations prepared for [`crate::Matrix::mul`]: as they are (f32), and rounded to 8 bits in blocks of 32
+//! or of 256 columns, whichever the weights' blocks are. Owns the rounding and the layout; refuses nothing, its
+//! sizes are the caller's promise and are asserted.
 
 use crate::Isa;
 use std::cell::UnsafeCell;
@@ -39,8 +39,8 @@ pub(crate) struct SuperBlock {
     pub sums_16: [i16; 16],
 }
 
-/// 32 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many rows of
-/// activations have for the same columns follow each other.
+/// 32 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many
+/// rows of activations have for the same columns follow each other.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub(crate) struct Codes(pub [i8; BLOCK_LEN]);

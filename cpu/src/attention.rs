@@ -1,7 +1,7 @@
 //! `Attention`: q, k and v rows are one space of projections; one barrier; norms, rotation and the append to the
 //! cache; one barrier; then online-softmax attention (Milakov and Gimelshein 2018; Dao et al. 2022) over pieces: a KV
-//! head with all its query heads, a few tokens of one sequence, and a range of keys. One barrier; the output projection's
-//! input is put together from the ranges, gated and rounded; one barrier at the end.
+//! head with all its query heads, a few tokens of one sequence, and a range of keys. One barrier; the output
+//! projection's input is put together from the ranges, gated and rounded; one barrier at the end.
 
 use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
@@ -28,7 +28,8 @@ fn tile_tokens(shape: &AttentionShape) -> usize {
     (QUERIES / (shape.n_heads / shape.n_kv_heads)).max(1)
 }
 
-/// Elements of a worker's tile: queries, accumulators, scores, one tile of keys or values, and maximum and sum of each row.
+/// Elements of a worker's tile: queries, accumulators, scores, one tile of keys or values, and maximum and sum of
+/// each row.
 pub(crate) fn tile_len(shape: &AttentionShape) -> usize {
     let rows = tile_tokens(shape) * (shape.n_heads / shape.n_kv_heads);
     rows * (2 * shape.head_dim + KEYS + 2) + KEYS * shape.head_dim
@@ -257,7 +258,8 @@ impl AttentionBlock {
         }
     }
 
-    /// One piece: tokens of tile `piece / n_kv_heads`, KV head `piece % n_kv_heads`, keys of range `range` of `n_ranges`.
+    /// One piece: tokens of tile `piece / n_kv_heads`, KV head `piece % n_kv_heads`, keys of range `range` of
+    /// `n_ranges`.
     fn attend(
         &self,
         w: &Worker,

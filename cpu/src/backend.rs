@@ -1,5 +1,5 @@
-//! The backend: packed blocks of a model, and the run of consecutive blocks over a batch. Immutable once loaded. Refuses
-//! batches that the state has no room for.
+//! The backend: packed blocks of a model, and the run of consecutive blocks over a batch. Immutable once loaded.
+//! Refuses batches that the state has no room for.
 
 use crate::attention::AttentionBlock;
 use crate::delta_net::DeltaNetBlock;
@@ -95,8 +95,8 @@ pub struct Backend {
     pool: Pool,
 }
 
-/// Calls `f` with every tensor that this backend holds of a block (or of a share of one) and the bytes that it takes: matrices
-/// packed, each expert's on its own, vectors as floats. Scales and rotary divisors are numbers beside them.
+/// Calls `f` with every tensor that this backend holds of a block (or of a share of one) and the bytes that it takes:
+/// matrices packed, each expert's on its own, vectors as floats. Scales and rotary divisors are numbers beside them.
 pub fn for_each_weight(block: &Block<Weight>, isa: Isa, f: &mut dyn FnMut(&Weight, u64)) {
     let stack = |w: &Weight, n: usize| {
         let one = Matrix::packed_bytes(w.n_rows() / n.max(1), w.n_cols, w.ty, isa);
@@ -253,8 +253,8 @@ impl Backend {
         State::new(layout.ok_or(Error::Memory { bytes: usize::MAX })?)
     }
 
-    /// Runs the consecutive blocks `blocks`, which are all here, on `batch`. `x` `[n_tokens, n_embd]` is the residual stream,
-    /// in and out (Embed writes it); Head writes `logits` `[wanted, n_vocab]`, which is otherwise not touched.
+    /// Runs the consecutive blocks `blocks`, which are all here, on `batch`. `x` `[n_tokens, n_embd]` is the residual
+    /// stream, in and out (Embed writes it); Head writes `logits` `[wanted, n_vocab]`, which is otherwise not touched.
     ///
     /// The slots of `state` must have seen exactly the tokens before the batch's positions: GDN states and keys
     /// continue from there.

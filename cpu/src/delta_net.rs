@@ -290,7 +290,8 @@ impl Delta<'_> {
     #[inline(always)]
     unsafe fn rows<V: Simd, const ROWS: usize>(&self, row: usize) {
         let s = self.s;
-        // SAFETY: rows are below S, columns are whole vectors below S, tokens below `n_tokens`, whose slices `run` checked.
+        // SAFETY: rows are below S, columns are whole vectors below S, tokens below `n_tokens`, whose slices `run`
+        // checked.
         unsafe {
             let state = self.state.add(row * s);
             for t in 0..self.n_tokens {

@@ -242,7 +242,8 @@ pub(crate) unsafe fn stream_product_transposed<V: Simd, B: Element>(
     }
 }
 
-/// `c[i][j] += sum_k a[i][k] * b[k][j]` for `a` `[m, k]` with rows `lda` apart, `b` `[k, n]`, `c` `[m, n]`; reads `b` in order.
+/// `c[i][j] += sum_k a[i][k] * b[k][j]` for `a` `[m, k]` with rows `lda` apart, `b` `[k, n]`, `c` `[m, n]`; reads `b`
+/// in order.
 ///
 /// # Safety
 /// The pointers hold these shapes, and `n` is a multiple of `V::LANES`.

@@ -1,7 +1,7 @@
 //! Weight matrices for the CPU: packed once at load into row panels, multiplied with [`Activations`].
 //!
-//! The layout of panels is [`tandem_spec::panel`]'s: one vector of `4 * R` bytes holds 4 consecutive codes of `R` rows, what
-//! the integer dot-product instructions of every instruction set take. Rows become lanes, and no kernel
+//! The layout of panels is [`tandem_spec::panel`]'s: one vector of `4 * R` bytes holds 4 consecutive codes of `R`
+//! rows, what the integer dot-product instructions of every instruction set take. Rows become lanes, and no kernel
 //! adds across lanes.
 
 mod float;
@@ -52,8 +52,8 @@ impl Matrix {
         Self::pack_rows(weight, 0..weight.n_rows(), source, isa)
     }
 
-    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool. An error
-    /// where the memory is not there.
+    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool. An
+    /// error where the memory is not there.
     pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
         assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
         assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());

@@ -58,8 +58,8 @@ impl Routing {
             + self.active.capacity() * size_of::<(u32, u32)>()
     }
 
-    /// Chooses the `n_used` largest of each token's `logits(token)` (of equal ones the first), with the softmax over the chosen as
-    /// weights, which is the renormalised softmax over all.
+    /// Chooses the `n_used` largest of each token's `logits(token)` (of equal ones the first), with the softmax over
+    /// the chosen as weights, which is the renormalised softmax over all.
     fn route<'a>(&mut self, n_tokens: usize, n_experts: usize, n_used: usize, logits: impl Fn(usize) -> &'a [f32]) {
         self.chosen.clear();
         for token in 0..n_tokens {

@@ -62,7 +62,8 @@ fn run(case: &Case, backend: &Backend, inputs: &[(Batch, Vec<f32>)]) -> Vec<Vec<
 /// Largest error of a row that a case may have: that of f32 sums, or of what else is rounded.
 fn bound(case: &Case) -> f64 {
     match (case.types.iter().any(|ty| ty.is_quantised()), &case.shape) {
-        // Activations have 8 bits. The norm of a delta net's heads amplifies that at the first positions, where o is small.
+        // Activations have 8 bits. The norm of a delta net's heads amplifies that at the first positions, where o is
+        // small.
         (true, Shape::DeltaNet(_)) => 0.15,
         (true, _) => 0.05,
         // A key or value that lies between two bf16 numbers may be rounded to the other one.
@@ -258,8 +259,8 @@ impl Handoff for Desk {
     }
 }
 
-/// A share of a feed-forward block leaves the residual stream alone and gives what its rows or experts add; of the chosen
-/// experts it takes those that are neither elsewhere nor marked so.
+/// A share of a feed-forward block leaves the residual stream alone and gives what its rows or experts add; of the
+/// chosen experts it takes those that are neither elsewhere nor marked so.
 #[test]
 fn shares_give_their_part_of_the_sum() {
     let mut n_checked = 0;

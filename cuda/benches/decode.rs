@@ -1,5 +1,7 @@
-//! Decode rates of the released shapes on GPU 0, with weights of random bits: `decode [MODEL[:Q4_K_M|Q8_0]] ... [SEQUENCES] ...`.
-//! Prints tokens per second, bytes per token and the share of the measured bandwidth, then the time of each kind of block.
+//! Decode rates of the released shapes on GPU 0, with weights of random bits:
+//! `decode [MODEL[:Q4_K_M|Q8_0]] ... [SEQUENCES] ...`.
+//! Prints tokens per second, bytes per token and the share of the measured bandwidth, then the time of each kind of
+//! block.
 
 use std::path::PathBuf;
 use std::sync::Arc;

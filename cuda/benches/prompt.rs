@@ -11,7 +11,8 @@ use tandem_spec::{
     RopeStyle, Sequence, TensorType, Weight,
 };
 
-/// A released shape of section 11 of the model specification: name, n_embd, layers, heads, KV heads, n_ff (0: experts), V heads.
+/// A released shape of section 11 of the model specification: name, n_embd, layers, heads, KV heads, n_ff (0: experts),
+/// V heads.
 const MODELS: [(&str, usize, usize, usize, usize, usize, usize); 5] = [
     ("0.8B", 1024, 24, 8, 2, 3584, 16),
     ("4B", 2560, 32, 16, 4, 9216, 32),

@@ -1,5 +1,6 @@
-//! Streaming of host weights on released shapes: what pinning costs, the rate of the bus with sorting, and a prompt whose
-//! feed-forward weights (or a part of them) come from the host, beside the same prompt with everything on the GPU.
+//! Streaming of host weights on released shapes: what pinning costs, the rate of the bus with sorting, and a prompt
+//! whose feed-forward weights (or a part of them) come from the host, beside the same prompt with everything on
+//! the GPU.
 //! Arguments: names of models, numbers of tokens, and the percentage of the feed-forward weights that the host has.
 
 use cudarc::driver::sys;

@@ -133,8 +133,8 @@ template <int N> DEVICE void load_head(const Kv* p, float (&x)[E]) {
 // Lanes that hold the score of one position.
 #define LANES (WARP / TILE)
 
-// Sums over the warp of each s[p]; this lane gets that of p = lane / LANES. Halves are exchanged while there are several,
-// so that TILE sums cost little more than one.
+// Sums over the warp of each s[p]; this lane gets that of p = lane / LANES. Halves are exchanged while there are
+// several, so that TILE sums cost little more than one.
 DEVICE float sum_tile(float (&s)[TILE]) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll

@@ -130,8 +130,8 @@ impl AttentionOp {
             eps: s.rms_eps,
         };
         let n_heads = s.n_heads + 2 * s.n_kv_heads;
-        // SAFETY: buffers hold `n` rows; slots and positions were checked against the caches when the batch was built; all
-        // three kernels wait for their inputs.
+        // SAFETY: buffers hold `n` rows; slots and positions were checked against the caches when the batch was
+        // built; all three kernels wait for their inputs.
         unsafe {
             self.prepare.launch_early(device, Launch::grid(n_heads.div_ceil(4), n, 1, 128), &args)?;
             for first in (0..n).step_by(PART_ROWS) {

@@ -1,6 +1,6 @@
 // Attention of many tokens: attention_prepare (q/k norm, rotation, new keys and values into the cache), then
-// attention_flash (bf16 keys and values on the tensor cores, f32 softmax and sums; head widths that are multiples of 64) or
-// attention_plain (any width, keys and values as stored, f32 throughout). Both apply the sigmoid output gate.
+// attention_flash (bf16 keys and values on the tensor cores, f32 softmax and sums; head widths that are multiples of
+// 64) or attention_plain (any width, keys and values as stored, f32 throughout). Both apply the sigmoid output gate.
 // Rows of a work item are (token, query head of one KV head's group) pairs, so that a group shares the keys it reads.
 // Set by the compiler: HEAD_DIM (D), N_HEADS, N_KV_HEADS, GATED, N_ROT, ROPE_ADJACENT, KV_BF16, QK_NORM.
 #include "common.cuh"
@@ -35,9 +35,9 @@ struct AttentionPromptArgs {
     const float* q_norm;     // [D] f32
     const float* k_norm;     // [D] f32
     const double* freq;      // [N_ROT / 2] f64: radians per position
-    u8* k_cache;             // element (slot, position, head, i) at ((slot * n_ctx + position) * N_KV_HEADS + head) * D + i
+    u8* k_cache;             // [n_slots, n_ctx, N_KV_HEADS, D]
     u8* v_cache;
-    void* q_rotated;         // [n_tokens, N_HEADS, D] bf16 (flash) or f32 (plain), times the softmax scale (flash: in base 2)
+    void* q_rotated;         // [n_tokens, N_HEADS, D] times the softmax scale: bf16 in base 2 (flash) or f32 (plain)
     void* out;               // [n_tokens, N_HEADS * D]; see out_kind
     u64 n_ctx;
     float rope_magnitude;

@@ -378,8 +378,8 @@ impl Backend {
         Self { host_tasks, ..self }
     }
 
-    /// For each task of the CPU workers in a step of `n_tokens` over blocks `range`: whether it is theirs, and its weights are
-    /// not streamed to the GPU.
+    /// For each task of the CPU workers in a step of `n_tokens` over blocks `range`: whether it is theirs, and its
+    /// weights are not streamed to the GPU.
     pub fn host_tasks(&self, range: std::ops::Range<usize>, n_tokens: usize) -> impl Iterator<Item = bool> {
         let end = self.ops.len();
         let within = self.host_tasks.iter().filter(move |t| range.contains(&t.at) || (t.at == end && range.end == end));
@@ -408,8 +408,8 @@ impl Backend {
         self.weights.bytes()
     }
 
-    /// Bytes of device memory that the driver took since the context was there, beside the weights and `states`, as far as
-    /// other programs stand still: modules, graphs, cuBLASLt.
+    /// Bytes of device memory that the driver took since the context was there, beside the weights and `states`, as
+    /// far as other programs stand still: modules, graphs, cuBLASLt.
     ///
     /// # Errors
     /// What the driver says.
@@ -486,8 +486,8 @@ impl Backend {
         Ok(snapshot)
     }
 
-    /// Puts `slot` back to the position at which `snapshot` was taken, from the same slot: keys and values from that position
-    /// on are overwritten as the sequence goes on.
+    /// Puts `slot` back to the position at which `snapshot` was taken, from the same slot: keys and values from that
+    /// position on are overwritten as the sequence goes on.
     ///
     /// # Errors
     /// What the driver says.
@@ -524,9 +524,9 @@ impl Backend {
         self.layout.blocks[block].map(|range| state.arena.ptr(range))
     }
 
-    /// Runs blocks `range` over `batch`, and the tasks of the CPU workers between them, who must be at work meanwhile. `x`
-    /// holds the residual stream `[n_tokens, n_embd]`: read unless the first block is Embed, written unless the last is
-    /// Head (on either side). `logits` `[wanted, n_vocab]` is written if the last block is Head.
+    /// Runs blocks `range` over `batch`, and the tasks of the CPU workers between them, who must be at work
+    /// meanwhile. `x` holds the residual stream `[n_tokens, n_embd]`: read unless the first block is Embed, written
+    /// unless the last is Head (on either side). `logits` `[wanted, n_vocab]` is written if the last block is Head.
     ///
     /// # Errors
     /// A batch that does not fit, a fault, with the block's name, or workers that do not answer.
@@ -720,8 +720,8 @@ impl Backend {
         }
     }
 
-    /// One decode step of several sequences, each with one token: [`Backend::launch`] and [`Backend::wait`] with the most
-    /// likely token of each.
+    /// One decode step of several sequences, each with one token: [`Backend::launch`] and [`Backend::wait`] with
+    /// the most likely token of each.
     ///
     /// # Errors
     /// As those.
@@ -731,11 +731,11 @@ impl Backend {
         self.wait(state)
     }
 
-    /// Starts one decode step of several sequences, each with one token, as one graph, and the choice of the next token of
-    /// each. All blocks must be here, Embed first and Head last. `samplers`: for each sequence how to choose (see
-    /// [`crate::can_sample`]) and all its tokens, `feeds`' included, of which penalties want the last ones. A call that goes
-    /// on where the last one ended (same slots and samplers, next positions, the tokens that were chosen) is one graph
-    /// launch.
+    /// Starts one decode step of several sequences, each with one token, as one graph, and the choice of the next
+    /// token of each. All blocks must be here, Embed first and Head last. `samplers`: for each sequence how to
+    /// choose (see [`crate::can_sample`]) and all its tokens, `feeds`' included, of which penalties want the last ones.
+    /// A call that goes on where the last one ended (same slots and samplers, next positions, the tokens that were
+    /// chosen) is one graph launch.
     ///
     /// # Errors
     /// A batch that does not fit, or a fault.
@@ -879,8 +879,8 @@ impl Backend {
         Ok(times)
     }
 
-    /// Microseconds of one choice of a token by `options`, from the logits of the last decode step of one sequence: 16 of them
-    /// in a graph, launched `n` times. For benches; the sampler's state is lost.
+    /// Microseconds of one choice of a token by `options`, from the logits of the last decode step of one sequence: 16
+    /// of them in a graph, launched `n` times. For benches; the sampler's state is lost.
     ///
     /// # Errors
     /// What the driver says.

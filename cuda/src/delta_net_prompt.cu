@@ -1,5 +1,6 @@
 // The gated delta rule over whole prompts, in chunks of C tokens (WY form: Yang et al. 2024, "Gated Delta Networks",
-// and "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"). With G the inclusive sums of g in a chunk:
+// and "Parallelizing Linear Transformers with the Delta Rule over Sequence Length"). With G the inclusive sums of g in
+// a chunk:
 //     A_ij = beta_i (k_i . k_j) exp(G_i - G_j) for j < i,  T = (I + A)^-1,
 //     U = T diag(beta) V,  W = T diag(beta exp(G)) K,  P_ij = (q_i . k_j) exp(G_i - G_j) for j <= i,
 //     N = U - W M,  O = diag(exp(G)) Q M + P N,  M' = exp(G_C) M + (diag(exp(G_C - G)) K)^T N.
@@ -8,7 +9,8 @@
 // Several sequences of different lengths run in one launch; chunks start anew at each.
 // All products are f32 grade (three tf32 products on sm_80 and later, plain f32 before).
 //
-// Set by the compiler: HEAD_DIM (S), N_K_HEADS, N_V_HEADS, CONV_K, HEAD_TILED (V head n uses K head n % N_K_HEADS, else n / R).
+// Set by the compiler: HEAD_DIM (S), N_K_HEADS, N_V_HEADS, CONV_K, HEAD_TILED (V head n uses K head n % N_K_HEADS, else
+// n / R).
 #include "common.cuh"
 #include "matrix.cuh"
 

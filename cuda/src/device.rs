@@ -168,7 +168,8 @@ impl Device {
         self.compute_capability
     }
 
-    /// Whether a kernel may start before the one ahead of it has ended: Hopper and later, and a driver that captures it.
+    /// Whether a kernel may start before the one ahead of it has ended: Hopper and later, and a driver that
+    /// captures it.
     pub(crate) fn can_launch_early(&self) -> bool {
         self.compute_capability >= (9, 0) && self.driver_version >= 12040
     }

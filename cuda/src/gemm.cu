@@ -1,10 +1,12 @@
 // Y = X W^T for many rows of X, with W quantised as the file has it: tiles of W are decoded in flight and multiplied on
 // the tensor cores (bf16, or f16 where the chip or the weight asks for it; f32 sums).
-// gemm_tile: 128 outputs by TILE rows through shared memory, for prompts. gemm_rows: few rows (2 to 64), where reading W is the
-// cost: weights go from memory to registers to the matrix unit, the warps of a block split the inputs. gemm_f32: F32 weights and widths that
-// are not whole units of 32, in plain f32. All three take stacks of experts through a table of row tiles.
-// Set by the compiler: TYPE (a GGUF type id), PAIR (gate and up at once, Y = silu(gate) * up as 16-bit), ROWS (rows of a
-// tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32 and gemm_f32_tile, 1 for decode_rows, which only decodes).
+// gemm_tile: 128 outputs by TILE rows through shared memory, for prompts. gemm_rows: few rows (2 to 64), where reading
+// W is the cost: weights go from memory to registers to the matrix unit, the warps of a block split the inputs.
+// gemm_f32: F32 weights and widths that are not whole units of 32, in plain f32. All three take stacks of experts
+// through a table of row tiles.
+// Set by the compiler: TYPE (a GGUF type id), PAIR (gate and up at once, Y = silu(gate) * up as 16-bit), ROWS
+// (rows of a tile: 8 to 32 for gemm_rows, 64 or 128 for gemm_tile, 0 for gemm_f32 and gemm_f32_tile, 1 for decode_rows,
+// which only decodes).
 #include "unit.cuh"
 
 // `n` rows of X that go through one expert's weights, which lie in its slot; rows [first, first + n) of Y.
@@ -63,10 +65,12 @@ typedef HalfUnit<TYPE> Source;
 #define STAGES 2
 #endif
 
-// Address of 16 bytes in a tile of rows of 64 16-bit numbers; the chunks of a row are permuted so that eight rows meet eight banks.
+// Address of 16 bytes in a tile of rows of 64 16-bit numbers; the chunks of a row are permuted so that eight rows meet
+// eight banks.
 DEVICE u32 swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Grid (ceil(n_out / (PAIR ? 64 : 128)), row tiles), 256 threads, (2 * 128 + STAGES * TILE) * 128 bytes of shared memory.
+// Grid (ceil(n_out / (PAIR ? 64 : 128)), row tiles), 256 threads, (2 * 128 + STAGES * TILE) * 128 bytes of shared
+// memory.
 #if PAIR && __CUDA_ARCH__ >= 1000
 // Left to itself the compiler stops at 128 registers there and spills.
 KERNEL __launch_bounds__(256, 1) gemm_tile(const GemmArgs a) {
@@ -231,7 +235,8 @@ KERNEL __launch_bounds__(256) decode_rows(const DecodeRowsArgs a) {
 }
 
 #elif ROWS
-// Grid (ceil(n_out / (PAIR ? 16 : 32)), row tiles of ROWS), 256 threads. Every warp takes an eighth of the inputs of 32 rows of W.
+// Grid (ceil(n_out / (PAIR ? 16 : 32)), row tiles of ROWS), 256 threads. Every warp takes an eighth of the inputs of 32
+// rows of W.
 // Inside a group of 128 inputs the order is permuted alike for W and X, so that a lane's 32 weights are consecutive.
 KERNEL __launch_bounds__(256, 1) gemm_rows(const GemmArgs a) {
     constexpr int NT = ROWS / 8;
@@ -382,7 +387,8 @@ KERNEL __launch_bounds__(256) gemm_f32(const GemmArgs a) {
         }
 }
 #if TYPE == 0
-// The same for many rows, through shared memory and in three tf32 products, which are as good as f32. Grid (ceil(n_out / 64), row tiles of 64), 256 threads.
+// The same for many rows, through shared memory and in three tf32 products, which are as good as f32. Grid
+// (ceil(n_out / 64), row tiles of 64), 256 threads.
 KERNEL __launch_bounds__(256) gemm_f32_tile(const GemmArgs a) {
     constexpr int K = 32, LD = K + 4;
     __shared__ __align__(16) float ws[2][64 * LD], xs[2][64 * LD];

@@ -1,6 +1,6 @@
 //! Products of weights with one token or a few (`gemv.cu`): up to four matrices that share the input in one launch,
-//! or gate and up with SwiGLU. Refuses more than four matrices and, for SwiGLU into a quantised product, widths that are
-//! not whole units of 32.
+//! or gate and up with SwiGLU. Refuses more than four matrices and, for SwiGLU into a quantised product, widths
+//! that are not whole units of 32.
 
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
@@ -67,8 +67,8 @@ struct Shape {
 }
 
 impl Shape {
-    /// For `n_rows` rows of `k` columns, with at most `max_rows` rows a warp: one round of loads for every warp (a round
-    /// is 1024 columns), and 16 warps per multiprocessor before a warp takes more rows.
+    /// For `n_rows` rows of `k` columns, with at most `max_rows` rows a warp: one round of loads for every warp (a
+    /// round is 1024 columns), and 16 warps per multiprocessor before a warp takes more rows.
     fn new(n_rows: usize, k: usize, n_sms: usize, max_rows: usize) -> Self {
         let rounds = k.div_ceil(1024).max(1);
         let split = rounds.div_ceil(rounds.div_ceil(MAX_SPLIT));

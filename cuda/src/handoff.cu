@@ -1,6 +1,6 @@
-// Hand-overs between the GPU and the CPU workers inside a step: activations go to host memory and a flag follows them; the
-// way back waits for the workers' flag, within bounds, and adds what they computed to the residual stream, or takes their
-// residual stream instead. Host memory is read and written past the caches.
+// Hand-overs between the GPU and the CPU workers inside a step: activations go to host memory and a flag follows
+// them; the way back waits for the workers' flag, within bounds, and adds what they computed to the residual stream, or
+// takes their residual stream instead. Host memory is read and written past the caches.
 #include "common.cuh"
 
 struct GiveArgs {

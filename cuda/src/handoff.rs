@@ -1,6 +1,7 @@
-//! Hand-overs between the GPU and CPU workers inside a step ([`Mailbox`]): the GPU writes activations to pinned memory and
-//! raises a flag; the workers answer in the same memory; a kernel waits for the answer, within a bound, and the step goes
-//! on. One hand-over is under way at a time, so one set of buffers serves all blocks. Refuses nothing and computes nothing.
+//! Hand-overs between the GPU and CPU workers inside a step ([`Mailbox`]): the GPU writes activations to pinned
+//! memory and raises a flag; the workers answer in the same memory; a kernel waits for the answer, within a bound, and
+//! the step goes on. One hand-over is under way at a time, so one set of buffers serves all blocks. Refuses nothing and
+//! computes nothing.
 
 use crate::arena::{Pinned, Ptr};
 use crate::compile::{Args, Function, Launch, Program};
@@ -87,8 +88,8 @@ impl Handover {
         Ok(Self { give: linker.function(program(), "give", 0)?, take: linker.function(program(), "take", 0)? })
     }
 
-    /// Gives `n` elements of `x` to the workers, and what a mixture has chosen. `started` is told the time where this begins
-    /// a step, else null.
+    /// Gives `n` elements of `x` to the workers, and what a mixture has chosen. `started` is told the time where this
+    /// begins a step, else null.
     pub fn give(
         &self,
         device: &Device,
@@ -336,8 +337,8 @@ impl Mailbox {
         false
     }
 
-    /// Of the last `n` hand-overs: nanoseconds, on the GPU's clock, of giving and of going on; on the CPU's clock of the
-    /// input seen and the answer given.
+    /// Of the last `n` hand-overs: nanoseconds, on the GPU's clock, of giving and of going on; on the CPU's clock
+    /// of the input seen and the answer given.
     pub fn times(&self, n: usize) -> Vec<[u64; 4]> {
         let base = self.base.load(Ordering::Relaxed);
         (0..n as u32)

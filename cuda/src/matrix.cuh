@@ -100,8 +100,8 @@ template <int N> DEVICE void copy_async_wait() {
 #endif
 }
 
-// A float as the sum of two tf32 numbers, up to 2^-21 of it. The matrix unit ignores the low 13 bits of its operands, so the
-// small part needs no rounding; conversion instructions have a fraction of the rate of these two.
+// A float as the sum of two tf32 numbers, up to 2^-21 of it. The matrix unit ignores the low 13 bits of its operands,
+// so the small part needs no rounding; conversion instructions have a fraction of the rate of these two.
 DEVICE void split_tf32(float x, u32& hi, u32& lo) {
     hi = __float_as_uint(x) & 0xffffe000u;
     lo = __float_as_uint(x - __uint_as_float(hi));

@@ -201,8 +201,8 @@ KERNEL __launch_bounds__(128) moe_gate_up(const MoeArgs a) {
 #define DOWN_ROWS 2
 #define DOWN_WARPS 4
 
-// Rows `row` .. of `n` experts (those of `slots` and `ids`, or the shared one) against their activations, whose units the lanes
-// take in one sequence.
+// Rows `row` .. of `n` experts (those of `slots` and `ids`, or the shared one) against their activations, whose units
+// the lanes take in one sequence.
 template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, const u32* ids, int n, u64 row, const float* weights,
                                            const MoeArgs& a, u64 at, float (&acc)[DOWN_ROWS]) {
     constexpr int CHUNKS = is_float(TY) ? FF : FF / 32;

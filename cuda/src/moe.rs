@@ -1,6 +1,6 @@
-//! `Moe` on the GPU: norm, then `moe.cu` (router and choice; gate and up of all chosen experts and the shared one; their
-//! weighted sum onto the residual stream). Routed experts are found through a table of addresses; those that are not on this
-//! GPU add nothing. Refuses more than 31 experts per token.
+//! `Moe` on the GPU: norm, then `moe.cu` (router and choice; gate and up of all chosen experts and the shared one;
+//! their weighted sum onto the residual stream). Routed experts are found through a table of addresses; those that are
+//! not on this GPU add nothing. Refuses more than 31 experts per token.
 
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
@@ -27,8 +27,8 @@ impl Expert {
     }
 }
 
-/// Gate, up and down of one routed expert: addresses of weights count from the expert's slot, and the scales begin with that
-/// of expert 0, which need not be there.
+/// Gate, up and down of one routed expert: addresses of weights count from the expert's slot, and the scales begin
+/// with that of expert 0, which need not be there.
 pub(crate) fn routed(b: &Moe<DeviceWeight>) -> [Linear<DeviceWeight>; 3] {
     let slot = ExpertSlot::new(b, |w| w.ty);
     let linears = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps];

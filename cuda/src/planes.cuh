@@ -1,5 +1,5 @@
-// Sorts the bytes of a block, as the file has it, into the planes of layout.rs: a unit of 32 elements at a time; every byte
-// is moved once.
+// Sorts the bytes of a block, as the file has it, into the planes of layout.rs: a unit of 32 elements at a time;
+// every byte is moved once.
 #pragma once
 #include "quant.cuh"
 

@@ -14,8 +14,8 @@ struct ProbeArgs {
 };
 static_assert(sizeof(ProbeArgs) == PROBE_ARGS, "ProbeArgs differs from probe.rs");
 
-// Fills the words with 16-bit numbers of both signs between 1 and 2: products of constants draw less power, and run faster,
-// than those of a model.
+// Fills the words with 16-bit numbers of both signs between 1 and 2: products of constants draw less power, and run
+// faster, than those of a model.
 KERNEL __launch_bounds__(512) noise(const ProbeArgs a) {
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < a.n; i += (u64)gridDim.x * blockDim.x) {
         u32 w[4];

@@ -1,6 +1,6 @@
-//! What a GPU does, measured in a fraction of a second: reading its memory, 16-bit products, copies from and to the host,
-//! kernels of a replayed graph, hand-offs to a polling thread, and the memory that the driver takes beside ours. Every
-//! figure is the best of a few passes: whatever else runs only slows one down. Knows no model.
+//! What a GPU does, measured in a fraction of a second: reading its memory, 16-bit products, copies from and to the
+//! host, kernels of a replayed graph, hand-offs to a polling thread, and the memory that the driver takes beside ours.
+//! Every figure is the best of a few passes: whatever else runs only slows one down. Knows no model.
 
 use crate::arena::{Arena, Pinned, Ptr, Range};
 use crate::backend::Graph;

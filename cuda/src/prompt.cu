@@ -1,5 +1,5 @@
-// What stands between the products of a prompt: norms and roundings of rows, SwiGLU, the delta net's gated norm, and the
-// sorting of tokens by expert. Rows are written in up to three formats, for weights of different types.
+// What stands between the products of a prompt: norms and roundings of rows, SwiGLU, the delta net's gated norm,
+// and the sorting of tokens by expert. Rows are written in up to three formats, for weights of different types.
 #include "common.cuh"
 #include "matrix.cuh"
 
@@ -166,8 +166,8 @@ KERNEL __launch_bounds__(256) expert_choose(const ExpertArgs a) {
     for (int k = lane; k < a.n_used; k += 32) a.weight[token * a.n_used + k] /= total;
 }
 
-// Grid (n_experts), 256 threads: the rows of an expert, in the order of their tokens, and its tiles. Experts that are not here
-// have neither.
+// Grid (n_experts), 256 threads: the rows of an expert, in the order of their tokens, and its tiles. Experts that are
+// not here have neither.
 KERNEL __launch_bounds__(256) expert_sort(const ExpertArgs a) {
     __shared__ float scratch[33];
     __shared__ int warp_count[8];

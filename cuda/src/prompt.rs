@@ -34,8 +34,8 @@ const TILE_F32_MANY: usize = 64;
 /// Rows of a block of the two attention kernels.
 const FLASH_ROWS: usize = 64;
 const PLAIN_ROWS: usize = 16;
-/// Rows from which on, on chips whose best instructions `gemm.cu` cannot use, cuBLASLt does the products of matrices of at
-/// least [`DENSE_WEIGHTS`] elements, decoded panel by panel to 16 bits. On an H200, 128 rows by 12288 x 4096 take
+/// Rows from which on, on chips whose best instructions `gemm.cu` cannot use, cuBLASLt does the products of matrices
+/// of at least [`DENSE_WEIGHTS`] elements, decoded panel by panel to 16 bits. On an H200, 128 rows by 12288 x 4096 take
 /// 39 us there, 32 us to decode, and 97 us in `gemm_tile`.
 const DENSE_FROM: usize = 128;
 const DENSE_WEIGHTS: usize = 1 << 20;
@@ -57,7 +57,8 @@ macro_rules! args {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct $name { $($field: $ty),* }
-        // SAFETY: plain integers and addresses; mirrors the struct of the same name in the source, which compares sizes.
+        // SAFETY: plain integers and addresses; mirrors the struct of the same name in the source, which compares
+        // sizes.
         unsafe impl Args for $name {}
     };
 }
@@ -964,8 +965,8 @@ impl Prompt {
         self.gemm(c, &b.ssm_out, &s.out, n, x, None, true)
     }
 
-    /// Runs a feed-forward block over `x` `[n_tokens, n_embd]` f32, in place: `b`, which may have no rows, and the parts of it that
-    /// are streamed.
+    /// Runs a feed-forward block over `x` `[n_tokens, n_embd]` f32, in place: `b`, which may have no rows, and the
+    /// parts of it that are streamed.
     ///
     /// # Errors
     /// What the driver says.

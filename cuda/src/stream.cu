@@ -1,7 +1,8 @@
-// Sorts panels that the CPU has packed (tandem_spec::panel) into the planes of layout.rs, of float types into rows. A block
-// of threads takes PANEL_ROWS rows by COLUMNS blocks through shared memory: reads and writes device memory in runs.
-// Set by the compiler: TYPE, BLOCK_BYTES, PANEL_ROWS, COLUMNS; FIELDS of a block in packed order and N_FIELDS; PLANES, bytes
-// per block of each plane, and N_PLANES.
+// Sorts panels that the CPU has packed (tandem_spec::panel) into the planes of layout.rs, of float types into rows. A
+// block of threads takes PANEL_ROWS rows by COLUMNS blocks through shared memory: reads and writes device memory in
+// runs.
+// Set by the compiler: TYPE, BLOCK_BYTES, PANEL_ROWS, COLUMNS; FIELDS of a block in packed order and N_FIELDS; PLANES,
+// bytes per block of each plane, and N_PLANES.
 #include "planes.cuh"
 
 // A field of a packed block: where it lies in the file's block, its bytes, the bytes of its unit.
@@ -34,8 +35,8 @@ struct UnpackArgs {
 };
 static_assert(sizeof(UnpackArgs) == UNPACK_ARGS, "UnpackArgs differs from stream.rs");
 
-// Undoes the interleaving of field I, which begins at byte AT * PANEL_ROWS of each packed block: `n` blocks of each row at
-// `source` to `tile` [PANEL_ROWS, ROW_BYTES].
+// Undoes the interleaving of field I, which begins at byte AT * PANEL_ROWS of each packed block: `n` blocks of each
+// row at `source` to `tile` [PANEL_ROWS, ROW_BYTES].
 template <int I, int AT> DEVICE void gather(const u8* source, u8* tile, int n) {
     if constexpr (I < N_FIELDS) {
         constexpr Field F = field(I);

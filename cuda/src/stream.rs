@@ -1,6 +1,7 @@
-//! Feed-forward weights that stay in main memory and come to the GPU for large batches: the CPU's packed panels are copied as
-//! they are, sorted into planes (`stream.cu`) on the device, and computed with while the next ones arrive. Every
-//! byte crosses the bus once, and nothing waits on the host. [`StreamLayout`] is the pure side (sizes for the planner).
+//! Feed-forward weights that stay in main memory and come to the GPU for large batches: the CPU's packed panels are
+//! copied as they are, sorted into planes (`stream.cu`) on the device, and computed with while the next ones arrive.
+//! Every byte crosses the bus once, and nothing waits on the host. [`StreamLayout`] is the pure side (sizes for the
+//! planner).
 //!
 //! Weights that are computed with together are a unit: the matrices of an FFN, or some experts of a mixture. Three
 //! streams work at the same time: one copies panels into a ring of chunks, one sorts chunks into the planes of a
@@ -174,8 +175,8 @@ static PINNED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 struct Pins(Vec<usize>);
 
 impl Pins {
-    /// Pins `mappings`, several at a time. What the system refuses to pin stays as it is: the driver then copies it through
-    /// memory of its own, at a third of the rate.
+    /// Pins `mappings`, several at a time. What the system refuses to pin stays as it is: the driver then copies it
+    /// through memory of its own, at a third of the rate.
     fn new(device: &Device, mappings: &[std::ops::Range<usize>]) -> Self {
         let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
         let missing: Vec<_> = mappings.iter().filter(|m| !pinned.contains_key(&m.start)).collect();
@@ -314,13 +315,13 @@ pub(crate) struct Streamer {
     device: Arc<Device>,
 }
 
-// SAFETY: driver handles may be used from any thread whose context is current, and the addresses are those of memory that
-// `_shares` keeps.
+// SAFETY: driver handles may be used from any thread whose context is current, and the addresses are those of
+// memory that `_shares` keeps.
 unsafe impl Send for Streamer {}
 
 impl Streamer {
-    /// Memory, streams and copies for `shares`, whose small weights are read from `source`. Programs ([`programs`]) must be
-    /// prepared. `planned` is for an out-of-memory message.
+    /// Memory, streams and copies for `shares`, whose small weights are read from `source`. Programs ([`programs`])
+    /// must be prepared. `planned` is for an out-of-memory message.
     ///
     /// # Errors
     /// A panel that is too large, no memory, or what the driver says.
@@ -446,7 +447,8 @@ impl Streamer {
             let (ptr, turns) = &self.chunks[self.next_chunk];
             self.next_chunk = (self.next_chunk + 1) % N_CHUNKS;
             turns.free.hold(self.copies.0)?;
-            // SAFETY: the panels live as long as `self`, which drains the stream before it goes; a chunk fits its place.
+            // SAFETY: the panels live as long as `self`, which drains the stream before it goes; a chunk fits its
+            // place.
             unsafe {
                 let bytes = std::slice::from_raw_parts(chunk.host as *const u8, chunk.bytes);
                 result::memcpy_htod_async(ptr.0, bytes, self.copies.0).during("streaming weights")?;

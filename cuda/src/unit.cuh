@@ -10,7 +10,8 @@ template <int TY> struct HalfUnit {
 
     DEVICE Raw load(const u8* w, u64 n_blocks, u64 unit) { return Quant<TY>::load(w, n_blocks, unit); }
 
-    // A code becomes the mantissa of 2^7 + code (signed bytes: of 2^15 + 128 + code), whose offset goes into the constant term.
+    // A code becomes the mantissa of 2^7 + code (signed bytes: of 2^15 + 128 + code), whose offset goes into the
+    // constant term.
     DEVICE void decode(const Raw& raw, u64 unit, uint4 (&out)[4]) {
         typedef Quant<TY> Q;
         constexpr bool SIGNED = TY == Q8_0 || TY == IQ4_NL || TY == IQ4_XS || TY == MXFP4;

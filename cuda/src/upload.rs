@@ -266,8 +266,8 @@ fn queue(
             n_blocks: n_blocks as u64,
         };
         let launch = Launch::new((n_blocks * row.block_len / 32).div_ceil(256), 256);
-        // SAFETY: the source holds the `n_blocks` of the piece; the target holds all matrices at their strides, as `cut`
-        // compared, and `first` and `n_blocks` count blocks of them.
+        // SAFETY: the source holds the `n_blocks` of the piece; the target holds all matrices at their strides, as
+        // `cut` compared, and `first` and `n_blocks` count blocks of them.
         unsafe { functions[&item.weight.ty].launch(device, launch, &args)? };
     }
     Ok(())

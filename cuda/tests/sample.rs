@@ -29,7 +29,8 @@ fn constant(logits: &[f32]) -> (Vec<Block<Weight>>, Buffers) {
     (blocks, source)
 }
 
-/// Noise as models give it, and what is hard to choose from: all equal, the largest side by side, most impossible, pairs.
+/// Noise as models give it, and what is hard to choose from: all equal, the largest side by side, most impossible,
+/// pairs.
 fn patterns(n_vocab: usize, rng: &mut Rng) -> Vec<(&'static str, Vec<f32>)> {
     let noise: Vec<f32> = (0..n_vocab).map(|_| (0..4).map(|_| rng.uniform(-4.0, 4.0)).sum::<f64>() as f32).collect();
     let sorted = |noise: &[f32]| {

@@ -1,4 +1,5 @@
-//! Streamed weights: `unpack` compiles everywhere; on a GPU, shares that are streamed from panels give what resident ones do.
+//! Streamed weights: `unpack` compiles everywhere; on a GPU, shares that are streamed from panels give what resident
+//! ones do.
 
 use crate::gpu::gpu;
 use memmap2::MmapMut;
@@ -155,8 +156,8 @@ impl Split {
     }
 }
 
-/// Four blocks a type (more than there are slots), odd numbers of rows, tails of panels and of tiles: wholly streamed they give
-/// exactly what resident blocks give; split, what the reference does.
+/// Four blocks a type (more than there are slots), odd numbers of rows, tails of panels and of tiles: wholly streamed
+/// they give exactly what resident blocks give; split, what the reference does.
 #[test]
 fn streamed_ffns_agree_with_resident_ones() {
     let Some(gpu) = gpu() else { return };

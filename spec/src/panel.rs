@@ -1,7 +1,8 @@
-//! Panels: how the CPU backend packs weights in main memory, said here because a GPU that streams them reads the same bytes.
+//! Panels: how the CPU backend packs weights in main memory, said here because a GPU that streams them reads the same
+//! bytes.
 //!
-//! A panel holds the same `R` rows of one matrix, block column after block column: for each block the fields of the file's
-//! block in the order of [`fields`], each field transposed so that the same unit (1, 2 or 4 bytes) of all `R`
+//! A panel holds the same `R` rows of one matrix, block column after block column: for each block the fields of the
+//! file's block in the order of [`fields`], each field transposed so that the same unit (1, 2 or 4 bytes) of all `R`
 //! rows lies together. Nothing is re-encoded, so a panel has the bytes of its rows (the last panel is padded with zero
 //! rows), and one vector of `4 * R` bytes holds 4 consecutive codes of `R` rows.
 
@@ -54,7 +55,8 @@ pub fn fields(ty: TensorType) -> &'static [Field] {
 pub trait PanelMemory: Send + Sync {
     /// The panels of one matrix, one after the other, then maybe padding.
     fn bytes(&self) -> &[u8];
-    /// Addresses of the mapping that they lie in, which lives as long as they do: whole pages, which can be pinned together.
+    /// Addresses of the mapping that they lie in, which lives as long as they do: whole pages, which can be pinned
+    /// together.
     /// Other parts of it may be in use.
     fn mapping(&self) -> Range<usize>;
 }

@@ -1,5 +1,6 @@
-//! How the next token is chosen from logits: options, the arithmetic of every stage, and a plain reference. The stages in
-//! order: penalties, top-k, top-p, min-p, temperature, draw; top-p and min-p look at probabilities before the temperature.
+//! How the next token is chosen from logits: options, the arithmetic of every stage, and a plain reference. The
+//! stages in order: penalties, top-k, top-p, min-p, temperature, draw; top-p and min-p look at probabilities before the
+//! temperature.
 //! A choice is a pure function of options, logits and the tokens so far. Its arithmetic is f32 operations that are
 //! rounded one by one, and integers from there on, so that sums do not depend on their order: every
 //! implementation that follows it gives the same token. Refuses logits that are not numbers.
@@ -126,8 +127,8 @@ pub fn share(total: u64, part: u64) -> u64 {
     ((u128::from(total) * u128::from(part)) >> 64) as u64
 }
 
-/// The random number that draws the token at `position`: output number `position` of SplitMix64 (Steele, Lea and Flood, "Fast
-/// splittable pseudorandom number generators", 2014) started at `seed`.
+/// The random number that draws the token at `position`: output number `position` of SplitMix64 (Steele, Lea and Flood,
+/// "Fast splittable pseudorandom number generators", 2014) started at `seed`.
 pub fn random(seed: u64, position: usize) -> u64 {
     let mut z = seed.wrapping_add((position as u64).wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -135,8 +136,8 @@ pub fn random(seed: u64, position: usize) -> u64 {
     z ^ (z >> 31)
 }
 
-/// `exp(x)` in units of 1 / [`UNIT`], for `x` up to 0: `x = n ln 2 + r` with the series of `exp(r)` to the seventh power,
-/// every operation rounded to f32 on its own. The relative error is below 3e-7; less than one unit is 0.
+/// `exp(x)` in units of 1 / [`UNIT`], for `x` up to 0: `x = n ln 2 + r` with the series of `exp(r)` to the seventh
+/// power, every operation rounded to f32 on its own. The relative error is below 3e-7; less than one unit is 0.
 pub fn weight(x: f32) -> u64 {
     /// Adding it rounds to an integer, ties to even.
     const ROUND: f32 = 12_582_912.0;

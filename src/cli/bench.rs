@@ -98,8 +98,8 @@ fn time_prompt(session: &mut Session, depth: &[u32], tokens: &[u32]) -> anyhow::
     Ok(seconds)
 }
 
-/// Seconds of `n` single-token steps after `depth` tokens (and one) that are not timed, and how many of them the GPU was
-/// at work where it chooses the tokens itself; elsewhere tokens are given and none is chosen.
+/// Seconds of `n` single-token steps after `depth` tokens (and one) that are not timed, and how many of them the
+/// GPU was at work where it chooses the tokens itself; elsewhere tokens are given and none is chosen.
 fn time_generation(
     session: &mut Session,
     depth: &[u32],

@@ -19,7 +19,8 @@ pub struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Check the tokenizer and the chat template and read every tensor too: report scales that are infinite or not a number
+    /// Check the tokenizer and the chat template and read every tensor too: report scales that are infinite or not a
+    /// number
     #[arg(long)]
     pub verify: bool,
 }

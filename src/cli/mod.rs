@@ -113,8 +113,8 @@ fn one_line(message: &str) -> String {
     words.join(" ") + " (see --help)"
 }
 
-/// Options that contradict each other, as (command, or any; option; options). Not clap's: to it a variable of the environment
-/// contradicts as a flag does, where it should yield to the flag.
+/// Options that contradict each other, as (command, or any; option; options). Not clap's: to it a variable of the
+/// environment contradicts as a flag does, where it should yield to the flag.
 const CONFLICTS: &[(&str, &str, &[&str])] = &[
     ("", "plan", &["vram", "ram", "ctx", "kv_dtype", "batch", "threads", "place", "gpu_layers", "machine", "cpu_isa"]),
     ("plan", "plan", &["prompt", "generate"]),

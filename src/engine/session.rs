@@ -1,7 +1,7 @@
 //! A session: one timeline of tokens in one slot. It is given the whole prefix each time and works out what
-//! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so the session of a chat keeps copies of
-//! them in main memory near the ends of prompts, as many as the plan counts, and a prefix that leaves the timeline
-//! continues from the longest copy that it shares.
+//! is new. Keys and values can be cut at any position; GDN states cannot be rewound, so the session of a chat keeps
+//! copies of them in main memory near the ends of prompts, as many as the plan counts, and a prefix that leaves the
+//! timeline continues from the longest copy that it shares.
 
 use super::step::Snapshot;
 use super::{Engine, Error, States};

@@ -147,8 +147,8 @@ impl Engine {
         cpu.chain(self.gpus.iter().map(|(device, b)| (*device, b.weight_bytes() as u64))).collect()
     }
 
-    /// Bytes that the engine and `states` have allocated, by device and pool of the plan. Buffers for loading count where
-    /// they were beyond what states take now.
+    /// Bytes that the engine and `states` have allocated, by device and pool of the plan. Buffers for loading count
+    /// where they were beyond what states take now.
     pub fn bytes(&self, states: &States) -> Vec<(Device, Pool, u64)> {
         let of_state = |device, bytes: StateBytes| {
             let StateBytes { kv, states, logits, scratch } = bytes;
@@ -171,7 +171,8 @@ impl Engine {
         all
     }
 
-    /// Device memory that each GPU's driver took beside the context and what is ours, as far as other programs stand still.
+    /// Device memory that each GPU's driver took beside the context and what is ours, as far as other programs stand
+    /// still.
     ///
     /// # Errors
     /// What the driver says.
@@ -196,7 +197,8 @@ impl Engine {
         })
     }
 
-    /// Runs one batch through the model (a sequence at position 0 begins its slot anew) and returns the logits of its wanted rows `[wanted, n_vocab]`.
+    /// Runs one batch through the model (a sequence at position 0 begins its slot anew) and returns the logits of its
+    /// wanted rows `[wanted, n_vocab]`.
     ///
     /// # Errors
     /// A batch that does not fit ([`Error::Batch`]); a backend that failed.
@@ -264,8 +266,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs blocks `local` of a GPU with the CPU's tasks between them: the launches are queued on this thread, since their
-    /// queue may fill before the workers have answered, and the workers serve on another.
+    /// Runs blocks `local` of a GPU with the CPU's tasks between them: the launches are queued on this thread, since
+    /// their queue may fill before the workers have answered, and the workers serve on another.
     fn run_both(
         &self,
         gpu: usize,

@@ -1,6 +1,6 @@
-//! Measures this machine: what the operating system says, how fast main memory is read (by number of threads) and copied, the
-//! rates of the CPU kernels, and what each GPU does. Measured rates are remembered on disk; free memory is asked afresh every
-//! time.
+//! Measures this machine: what the operating system says, how fast main memory is read (by number of threads) and
+//! copied, the rates of the CPU kernels, and what each GPU does. Measured rates are remembered on disk; free memory is
+//! asked afresh every time.
 
 use super::{Gpu, Host, KernelRate, Machine, ReadRate, isa_name, kernels, known, known_names};
 use serde::{Deserialize, Serialize};
@@ -72,8 +72,8 @@ impl Measured {
     }
 }
 
-/// Facts about this machine. Rates come from the cache where they were measured before (a missing, damaged or foreign file
-/// is measured again and replaced), unless `options.refresh`.
+/// Facts about this machine. Rates come from the cache where they were measured before (a missing, damaged or
+/// foreign file is measured again and replaced), unless `options.refresh`.
 pub fn here(options: &Options) -> Machine {
     let system = System::new_with_specifics(
         RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()).with_memory(MemoryRefreshKind::nothing().with_ram()),
@@ -120,8 +120,8 @@ fn usable_gpus(options: &Options) -> Result<Vec<GpuInfo>, tandem_cuda::Error> {
     Ok(found)
 }
 
-/// Facts of a GPU: measured, or where that fails (too little free memory) those of the shipped card of that name, or else
-/// what its bus and its multiprocessors promise.
+/// Facts of a GPU: measured, or where that fails (too little free memory) those of the shipped card of that name,
+/// or else what its bus and its multiprocessors promise.
 fn measure_gpu(info: &GpuInfo, options: &Options) -> Gpu {
     let measured = tandem_cuda::Device::open(info.ordinal)
         .and_then(|device| tandem_cuda::probe::measure(&Arc::new(device), compiler(options)?));

@@ -1,4 +1,5 @@
-//! `qwen35` and `qwen35moe` (Qwen3.5): hybrids whose V heads are tiled over the K heads and whose rotation has sections.
+//! `qwen35` and `qwen35moe` (Qwen3.5): hybrids whose V heads are tiled over the K heads and whose rotation has
+//! sections.
 
 use super::layers;
 use super::reader::Reader;

@@ -787,8 +787,8 @@ impl Runs {
     }
 }
 
-/// Predicted seconds of one token after `workload.prompt` others, and of that prompt, of a plan that was made for another
-/// workload; `None` where `facts` lack a GPU of it.
+/// Predicted seconds of one token after `workload.prompt` others, and of that prompt, of a plan that was made for
+/// another workload; `None` where `facts` lack a GPU of it.
 pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Workload) -> Option<(f64, f64)> {
     let wishes = Wishes { threads: Some(plan.threads), workload, ..Wishes::default() };
     let problem = Problem::new(model, facts, &wishes).ok()?;

@@ -159,7 +159,8 @@ impl Plan {
         bytes::shares(model, &self.places, device)
     }
 
-    /// Predicted tokens per second on the machine of `facts`: generated after `depth` tokens, and of a prompt of so many.
+    /// Predicted tokens per second on the machine of `facts`: generated after `depth` tokens, and of a prompt of so
+    /// many.
     /// `None` where the machine lacks a GPU of the plan.
     pub fn rates_at(&self, model: &Model, facts: &Machine, depth: usize) -> Option<(f64, f64)> {
         let workload = Workload { prompt: depth, generate: 0 };

@@ -1,5 +1,5 @@
-//! How a plan is walked: the model cut into runs of consecutive blocks, each on the CPU alone or around one GPU, and within
-//! the latter the tasks of the CPU workers between the GPU's blocks. A pure function of the places.
+//! How a plan is walked: the model cut into runs of consecutive blocks, each on the CPU alone or around one GPU, and
+//! within the latter the tasks of the CPU workers between the GPU's blocks. A pure function of the places.
 
 use super::{Device, Place};
 use std::ops::Range;

@@ -1,8 +1,8 @@
 //! Predicted time. On the CPU a block takes the time of the bytes it reads (weights, states, keys and values) or of its
-//! arithmetic, whichever is longer, and a cost per barrier. On a GPU a token takes, kernel after kernel, its bytes at the
-//! measured bandwidth and what no bandwidth shortens: the start of a kernel, the tail of its last blocks, chains of
-//! dependent loads; a prompt takes its products at the measured rate of the tensor cores. Shares of a block run at the
-//! same time, blocks one after the other:
+//! arithmetic, whichever is longer, and a cost per barrier. On a GPU a token takes, kernel after kernel, its bytes
+//! at the measured bandwidth and what no bandwidth shortens: the start of a kernel, the tail of its last blocks,
+//! chains of dependent loads; a prompt takes its products at the measured rate of the tensor cores. Shares of a block
+//! run at the same time, blocks one after the other:
 //! `T = T_fixed + sum over blocks of max over devices + hand-offs`.
 //!
 //! Rates are facts of the machine. The constants here are facts of our kernels, measured on an H200 (`cargo bench -p
@@ -33,8 +33,8 @@ const GPU_TAIL_US: f64 = 2.0;
 const GPU_DELTA_STEP_US: f64 = 7.0;
 /// Choosing the experts of a token: logits, a sort and their hand-over between blocks, microseconds.
 const GPU_ROUTER_US: f64 = 6.5;
-/// Attention of one token: positions of the shortest part of a context, parts at most, query heads that share a key, and
-/// 10^9 operations per second of the block of threads that has a part.
+/// Attention of one token: positions of the shortest part of a context, parts at most, query heads that share a
+/// key, and 10^9 operations per second of the block of threads that has a part.
 const GPU_PART_POSITIONS: f64 = 64.0;
 const GPU_PARTS: f64 = 64.0;
 const GPU_PART_HEADS: usize = 8;
@@ -44,11 +44,12 @@ const GPU_COMBINE_US: f64 = 0.1;
 /// Host side of a step: bookkeeping, the wait, the token read back, microseconds.
 const GPU_STEP_US: f64 = 25.0;
 
-/// Tokens of a batch from which on a GPU multiplies on its tensor cores, and those that one pass of the other kernels takes.
+/// Tokens of a batch from which on a GPU multiplies on its tensor cores, and those that one pass of the other kernels
+/// takes.
 const GPU_PROMPT_FROM: usize = 16;
 const GPU_PASS: usize = 8;
-/// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for the rows
-/// of a tile; fewer rows than a tile has take as long.
+/// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for
+/// the rows of a tile; fewer rows than a tile has take as long.
 const GPU_TILE_SHARE: f64 = 0.8;
 const GPU_TILE_WEIGHTS_PER_S: f64 = 5.8e9;
 const GPU_TILE_ROWS: f64 = 128.0;
@@ -182,7 +183,7 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
         }
         Block::Moe(b) => {
             let used = b.shape.n_used as f64 / b.shape.n_experts as f64;
-            let touched = 1.0 - (1.0 - used).powf(tokens); // of the experts, by any of the tokens, routing being uniform
+            let touched = 1.0 - (1.0 - used).powf(tokens); // of the experts, by any token: routing is uniform
             let share = n as f64 / b.shape.n_experts as f64;
             for (kernel, l) in [(1, &b.ffn_gate_exps), (1, &b.ffn_up_exps), (2, &b.ffn_down_exps)] {
                 work.add(kernel, &l.weight, share * touched);

@@ -210,7 +210,8 @@ mod tests {
         (0..n).map(|i| (0..6).map(|j| uniform(6 * i + j)).sum::<f32>() * 8.0 - 24.0).collect()
     }
 
-    /// The stages written as plainly as possible: full sorts, full sums. Token ids and probabilities, most likely first.
+    /// The stages written as plainly as possible: full sorts, full sums. Token ids and probabilities, most likely
+    /// first.
     fn plain(options: &SamplerOptions, logits: &[f32], recent: &[u32]) -> Vec<(u32, f64)> {
         let mut all: Vec<(u32, f64)> = logits.iter().zip(0..).map(|(&l, id)| (id, f64::from(l))).collect();
         for (id, logit) in &mut all {

@@ -266,8 +266,8 @@ impl Tokenizer {
     }
 }
 
-/// The tokens after which a generation ends: the ids the file names for it, and the usual texts. `</s>` counts only where it
-/// is more than ordinary text: byte-level vocabularies have it from web pages.
+/// The tokens after which a generation ends: the ids the file names for it, and the usual texts. `</s>` counts only
+/// where it is more than ordinary text: byte-level vocabularies have it from web pages.
 fn end_of_generation(vocabulary: &Vocabulary, types: &[TokenType]) -> Vec<u32> {
     let named = [vocabulary.eos, vocabulary.eot, vocabulary.eom].into_iter().flatten();
     let by_text = vocabulary.tokens.iter().zip(types).enumerate().filter(|(_, (text, kind))| {

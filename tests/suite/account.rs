@@ -1,5 +1,5 @@
-//! What a plan counts is what is allocated, by device and pool, for every golden model and the bundled one: on the CPU, and
-//! on a GPU where there is one (else that part says why it is skipped).
+//! What a plan counts is what is allocated, by device and pool, for every golden model and the bundled one: on the
+//! CPU, and on a GPU where there is one (else that part says why it is skipped).
 
 use super::allocations::allocated;
 use super::golden::golden_models;

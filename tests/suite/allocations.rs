@@ -19,7 +19,8 @@ fn count(freed: usize, allocated: usize) {
     LARGEST.set(LARGEST.get().max(allocated));
 }
 
-// SAFETY: every call is passed on unchanged; counting uses thread-local cells without destructors and allocates nothing.
+// SAFETY: every call is passed on unchanged; counting uses thread-local cells without destructors and allocates
+// nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(0, layout.size());

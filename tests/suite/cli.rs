@@ -77,8 +77,8 @@ fn wrong_usage_is_refused_with_code_2() {
     assert_refused(&["logits", &model, "--tokens", "1,2,3", "--ctx", "2"], &[], 2, &["3", "2"]);
 }
 
-/// Options that contradict each other are refused, where both come from the command line or both from the environment; else
-/// the environment yields.
+/// Options that contradict each other are refused, where both come from the command line or both from the
+/// environment; else the environment yields.
 #[test]
 fn contradicting_options_are_refused_unless_one_is_of_the_environment() {
     let model = golden("qwen35-f32.gguf");

@@ -42,7 +42,8 @@ fn golden_files_are_read_as_by_gguf_rs() {
             assert_eq!(our.name, their.name);
             assert_eq!(our.ty as u32, their.kind, "{}", our.name);
             assert_eq!(our.ne, their.shape.iter().map(|&d| d as usize).collect::<Vec<_>>(), "{}", our.name);
-            // gguf-rs has the sizes of BF16 and of the 32-element types above id 9 wrong: ours is compared with the file.
+            // gguf-rs has the sizes of BF16 and of the 32-element types above id 9 wrong: ours is compared with the
+            // file.
             let start = (theirs.data_offset() + their.offset) as usize;
             assert_eq!(ours.bytes(index), &raw[start..start + our.n_bytes()], "{}", our.name);
         }

@@ -110,8 +110,8 @@ fn cuda_tells_the_story_of_the_cpu_in_floats() {
     assert!(differing.is_empty(), "{differing:?}");
 }
 
-/// Both sides round the activations before quantised weights to 8 bits, the CPU with a scale for 256 of them before K-quants, the
-/// GPU for 32: what they say differs only where the CPU's own choice is nearly a tie.
+/// Both sides round the activations before quantised weights to 8 bits, the CPU with a scale for 256 of them before
+/// K-quants, the GPU for 32: what they say differs only where the CPU's own choice is nearly a tie.
 #[test]
 fn cuda_differs_from_the_quantised_story_of_the_cpu_in_near_ties_only() {
     let file = story();
@@ -122,8 +122,8 @@ fn cuda_differs_from_the_quantised_story_of_the_cpu_in_near_ties_only() {
     assert!(differing.iter().all(|(_, (.., margin))| *margin < 0.1), "{differing:?}");
 }
 
-/// Keys and values in bf16 against f32 over 4,000 tokens that the model itself tells (measured: 0.39 percent, the largest
-/// by 0.12, six other choices).
+/// Keys and values in bf16 against f32 over 4,000 tokens that the model itself tells (measured: 0.39 percent, the
+/// largest by 0.12, six other choices).
 #[test]
 fn bf16_kv_stays_close_to_f32_kv_over_four_thousand_tokens_on_cuda() {
     const N_TOKENS: usize = 4000;
@@ -165,8 +165,8 @@ fn bf16_kv_stays_close_to_f32_kv_over_four_thousand_tokens_on_cuda() {
     assert!(n_agree >= N_TOKENS * 99 / 100, "greedy choices that agree: {n_agree} of {N_TOKENS}");
 }
 
-/// A prompt of 1,000 tokens in one batch, in chunks and token by token: the logits after it. Products of many rows round the
-/// activations before quantised weights to 16 bits, those of few rows to 8.
+/// A prompt of 1,000 tokens in one batch, in chunks and token by token: the logits after it. Products of many rows
+/// round the activations before quantised weights to 16 bits, those of few rows to 8.
 #[test]
 fn cuda_gives_the_same_for_a_long_prompt_in_any_chunks() {
     const N: usize = 1000;

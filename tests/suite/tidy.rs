@@ -1,5 +1,5 @@
 //! Style that a machine can check: who may import whom, which outside crate has which owner, where the
-//! environment is read, and dead files.
+//! environment is read, the width of comments, and dead files.
 
 use std::path::{Path, PathBuf};
 
@@ -95,6 +95,9 @@ fn rooms_import_in_one_direction() {
 const OWNERS: &[(&str, &str)] = &[
     ("memmap2", "src/gguf/"),
     ("memmap2", "cpu/"),
+    // Stand-ins for the memory of the CPU backend.
+    ("memmap2", "cuda/tests/"),
+    ("memmap2", "cuda/benches/"),
     ("sysinfo", "src/machine/"),
     ("tokenizers", "src/text/"),
     ("minijinja", "src/text/"),
@@ -193,6 +196,25 @@ fn backends_name_no_architecture() {
             let line = line.to_lowercase();
             if ["qwen", "llama"].iter().any(|name| line.contains(name)) {
                 violations.push(format!("{}:{n}: names a model architecture", source.path));
+            }
+        }
+    }
+    report(&violations);
+}
+
+/// rustfmt leaves comments as wide as they are, and formats no CUDA sources.
+#[test]
+fn comments_fit_the_width() {
+    const WIDTH: usize = 120;
+    let mut violations = Vec::new();
+    for source in sources(&["rs", "cu", "cuh"]) {
+        for (i, line) in source.text.lines().enumerate() {
+            // Behind code a comment follows the end of something; in a text two slashes may follow anything.
+            let ends = |at: usize| line[..at].trim_end().ends_with([';', ',', '{', '}', ')']);
+            let has_comment = line.trim_start().starts_with("//") || line.match_indices(" // ").any(|(at, _)| ends(at));
+            let width = line.chars().count();
+            if has_comment && width > WIDTH {
+                violations.push(format!("{}:{}: a comment up to column {width}", source.path, i + 1));
             }
         }
     }

@@ -1,5 +1,6 @@
-//! IQ4_NL, IQ4_XS and MXFP4: four-bit indices into a table. Packed: IQ4_NL d `[R]` f16, qs `[4, R, 4]`; IQ4_XS (blocks of 256 in 8
-//! tiles) d `[R]` f16, scales_h `[R]` u16, scales_l `[4, R]` u8, qs `[8, 4, R, 4]`; MXFP4 e `[R]` u8, qs `[4, R, 4]`. Nibbles as in Q4_0.
+//! IQ4_NL, IQ4_XS and MXFP4: four-bit indices into a table. Packed: IQ4_NL d `[R]` f16, qs `[4, R, 4]`; IQ4_XS (blocks
+//! of 256 in 8 tiles) d `[R]` f16, scales_h `[R]` u16, scales_l `[4, R]` u8, qs `[8, 4, R, 4]`; MXFP4 e `[R]` u8, qs
+//! `[4, R, 4]`. Nibbles as in Q4_0.
 
 use super::kernel::{Affine, Quant, Signed};
 use super::q4_0::nibbles;

@@ -152,7 +152,8 @@ unsafe fn prefetch<S: Simd>(p: *const u8, n: usize) {
     }
 }
 
-/// How far ahead, in bytes. One core of a Sapphire Rapids reads 13.9 GB/s of Q4_K with 3072, 11.7 with 1536, 8.7 with 0.
+/// How far ahead, in bytes. One core of a Sapphire Rapids reads 13.9 GB/s of Q4_K with 3072, 11.7 with 1536, 8.7
+/// with 0.
 const PREFETCH: usize = 3072;
 
 /// Multiplies panels of a type with scales of its own for every 32 columns.
@@ -166,8 +167,8 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
         for panel in panels.clone() {
             let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
             // SAFETY: each of `blocks` is a slice of all the bytes that `Q` reads; `x` walks the blocks
-            // `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared with the matrix's; the caller has
-            // the instruction set.
+            // `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared with the matrix's; the
+            // caller has the instruction set.
             unsafe {
                 let mut x = x.add(first);
                 if n == 1 {
@@ -219,8 +220,8 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
         for panel in panels.clone() {
             let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
             // SAFETY: each of `blocks` is a slice of all the bytes that `Q` reads; `x` walks the blocks
-            // `[n_cols / 256, n_tokens]` of the activations, `codes` their codes `[n_cols / 32, n_tokens]`; `mul` compared
-            // the columns with the matrix's. The caller has the instruction set.
+            // `[n_cols / 256, n_tokens]` of the activations, `codes` their codes `[n_cols / 32, n_tokens]`; `mul`
+            // compared the columns with the matrix's. The caller has the instruction set.
             unsafe {
                 let (mut x, mut codes) = (x.add(first), codes.add(first));
                 if n == 1 {
@@ -351,8 +352,8 @@ unsafe fn mul_float<S: Simd, W: Float>(m: &Matrix, panels: Range<usize>, x: &Act
     for panel in panels {
         let p = m.data[panel * panel_bytes..][..panel_bytes].as_ptr();
         for first in (0..n_tokens).step_by(4) {
-            // SAFETY: columns are below `n_cols`, the width of the panel (a slice that was checked) and of the activations
-            // (`mul` compared them), rows below `n_tokens`; the caller has the instruction set.
+            // SAFETY: columns are below `n_cols`, the width of the panel (a slice that was checked) and of the
+            // activations (`mul` compared them), rows below `n_tokens`; the caller has the instruction set.
             unsafe {
                 let weight = |col: usize| W::load::<S>(p.add(col * W::BYTES * S::LANES));
                 let row = |t: usize| floats.add((first + t) * n_cols);

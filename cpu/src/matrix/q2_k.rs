@@ -1,5 +1,6 @@
-//! Q2_K: blocks of 256 with a 4-bit scale and a 4-bit minimum for every 16 columns. Packed: d `[R]` f16; dmin `[R]` f16; scales
-//! `[16, R]` u8, scale in the low nibble, minimum in the high one; qs `[2, 8, R, 4]`, two bits for each 32 columns of a half.
+//! Q2_K: blocks of 256 with a 4-bit scale and a 4-bit minimum for every 16 columns. Packed: d `[R]` f16; dmin `[R]`
+//! f16; scales `[16, R]` u8, scale in the low nibble, minimum in the high one; qs `[2, 8, R, 4]`, two bits for each 32
+//! columns of a half.
 
 use super::kernel::{Scales, SuperQuant};
 use super::simd::Simd;

@@ -1,6 +1,6 @@
-//! Q3_K: blocks of 256 with a 6-bit scale (less 32) for every 16 columns, codes less 4. Packed: d `[R]` f16; scales `[12, R]` u8,
-//! six-bit numbers as in the file; hmask `[8, R, 4]`, bit k for columns `32 k ..`; qs `[2, 8, R, 4]`, two bits for each
-//! 32 columns of a half.
+//! Q3_K: blocks of 256 with a 6-bit scale (less 32) for every 16 columns, codes less 4. Packed: d `[R]` f16; scales
+//! `[12, R]` u8, six-bit numbers as in the file; hmask `[8, R, 4]`, bit k for columns `32 k ..`; qs `[2, 8, R, 4]`, two
+//! bits for each 32 columns of a half.
 
 use super::kernel::{Scales, SuperQuant};
 use super::simd::Simd;

@@ -1,5 +1,6 @@
-//! Q4_0, Q4_1, Q5_0 and Q5_1: blocks of 32. Packed: d `[R]` f16; m `[R]` f16 (Q4_1, Q5_1); qh `[R]` u32 (Q5_0, Q5_1), bit i
-//! the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column `16 + 4 i + j` in the high one.
+//! Q4_0, Q4_1, Q5_0 and Q5_1: blocks of 32. Packed: d `[R]` f16; m `[R]` f16 (Q4_1, Q5_1); qh `[R]` u32 (Q5_0, Q5_1),
+//! bit i the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column
+//! `16 + 4 i + j` in the high one.
 
 use super::kernel::{Affine, Quant};
 use super::simd::Simd;

@@ -1,5 +1,5 @@
-//! Q4_K and Q5_K: blocks of 256 with a 6-bit scale and a 6-bit minimum for every 32 columns. Packed: d `[R]` f16; dmin `[R]`
-//! f16; scales `[12, R]` u8, six-bit numbers as in the file; Q5_K: qh `[8, R, 4]`, bit k for columns `32 k ..`;
+//! Q4_K and Q5_K: blocks of 256 with a 6-bit scale and a 6-bit minimum for every 32 columns. Packed: d `[R]` f16; dmin
+//! `[R]` f16; scales `[12, R]` u8, six-bit numbers as in the file; Q5_K: qh `[8, R, 4]`, bit k for columns `32 k ..`;
 //! qs `[4, 8, R, 4]`, columns `64 p ..` in the low nibbles of `[p]`, columns `64 p + 32 ..` in the high ones.
 
 use super::kernel::{Scales, SuperQuant};

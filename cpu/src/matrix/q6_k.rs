@@ -1,6 +1,6 @@
-//! Q6_K: blocks of 256 with an 8-bit scale for every 16 columns, codes less 32. Packed: d `[R]` f16; scales `[16, R]` i8; qh
-//! `[2, 8, R, 4]`, two bits for each 32 columns of a half; ql `[2, 2, 8, R, 4]`, columns `128 h + 32 s ..` in the low
-//! nibbles of `[h, s]`, columns `128 h + 64 + 32 s ..` in the high ones.
+//! Q6_K: blocks of 256 with an 8-bit scale for every 16 columns, codes less 32. Packed: d `[R]` f16; scales `[16, R]`
+//! i8; qh `[2, 8, R, 4]`, two bits for each 32 columns of a half; ql `[2, 2, 8, R, 4]`, columns `128 h + 32 s ..` in
+//! the low nibbles of `[h, s]`, columns `128 h + 64 + 32 s ..` in the high ones.
 
 use super::kernel::{Scales, SuperQuant};
 use super::simd::Simd;

@@ -1,5 +1,5 @@
-//! The vector operations that the kernels are written in, one implementation per instruction set. Types know their layout,
-//! instruction sets know their registers, and the two meet only in this trait.
+//! The vector operations that the kernels are written in, one implementation per instruction set. Types know their
+//! layout, instruction sets know their registers, and the two meet only in this trait.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;

@@ -1,6 +1,6 @@
-//! Memory of packed weights: zeroed, in huge pages where the system has them. Consecutive allocations share mappings, since a
-//! single matrix is often smaller than a huge page. With pages of 4 KiB the hardware prefetch stops every 4 KiB: one
-//! core of a Zen 3 reads 18.5 GB/s instead of 24.2.
+//! Memory of packed weights: zeroed, in huge pages where the system has them. Consecutive allocations share mappings,
+//! since a single matrix is often smaller than a huge page. With pages of 4 KiB the hardware prefetch stops every 4
+//! KiB: one core of a Zen 3 reads 18.5 GB/s instead of 24.2.
 
 use crate::Error;
 use memmap2::{MmapMut, MmapRaw};

@@ -1,6 +1,6 @@
 //! What the tests and benches of every backend share: seeded noise, random valid blocks of every tensor
-//! type, random blocks of a model, the table of [`cases`], the released [`shapes`], poisoned outputs, and errors in which NaN is a
-//! failure. Nothing here is used by a run.
+//! type, random blocks of a model, the table of [`cases`], the released [`shapes`], poisoned outputs, and errors in
+//! which NaN is a failure. Nothing here is used by a run.
 
 mod cases;
 pub mod shapes;

@@ -1,5 +1,5 @@
-//! AVX2, FMA and F16C: eight rows. `vpmaddubsw` adds two products of an unsigned code and a signed activation into 16 bits
-//! and saturates, so sums are widened before they can reach 2^15: with codes of 4 bits after 8 instructions
+//! AVX2, FMA and F16C: eight rows. `vpmaddubsw` adds two products of an unsigned code and a signed activation into
+//! 16 bits and saturates, so sums are widened before they can reach 2^15: with codes of 4 bits after 8 instructions
 //! (8 * 2 * 15 * 127 = 30480), with 5 bits after 4, with 6 bits after 2, with 8 bits (2 * 128 * 127 = 32512) at once.
 
 use super::Simd;
@@ -10,8 +10,8 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx2;
 
-/// Signed codes as magnitudes and signs. With `s` the sign of a code (0 or -1), `w x = |w| (x ^ s) - s |w|`: `vpxor` runs
-/// in every vector unit, where `vpsignb` would compete with the multiplications.
+/// Signed codes as magnitudes and signs. With `s` the sign of a code (0 or -1), `w x = |w| (x ^ s) - s |w|`:
+/// `vpxor` runs in every vector unit, where `vpsignb` would compete with the multiplications.
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Signed {
     magnitudes: [__m256i; 8],

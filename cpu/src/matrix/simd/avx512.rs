@@ -1,5 +1,5 @@
-//! AVX-512 with VNNI: sixteen rows. `vpdpbusd` adds four products of an unsigned code and a signed activation to 32 bits
-//! without saturation, and takes the activations of all rows from memory as a broadcast.
+//! AVX-512 with VNNI: sixteen rows. `vpdpbusd` adds four products of an unsigned code and a signed activation to
+//! 32 bits without saturation, and takes the activations of all rows from memory as a broadcast.
 
 use super::Simd;
 use crate::activations::Block;
@@ -10,8 +10,8 @@ use std::ops::Range;
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx512;
 
-/// Adds products of groups `range` of four columns to `sums`. Rows of activations take turns, so that `T` chains of additions
-/// hide each other's latency.
+/// Adds products of groups `range` of four columns to `sums`. Rows of activations take turns, so that `T` chains of
+/// additions hide each other's latency.
 #[inline(always)]
 unsafe fn dot<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], range: Range<usize>, sums: &mut [__m512i; T]) {
     // SAFETY: the caller has AVX-512 and 32 codes at each pointer; `range` ends at 8 at most.
