@@ -3,8 +3,9 @@
 
 use super::{Device, Limit, Place, Runs, Share};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use tandem_cpu::{Isa, StateSize};
-use tandem_spec::{Block, KvDtype, Model, StateBytes, Weight};
+use tandem_spec::{Attention, Block, KvDtype, Model, StateBytes, Weight};
 
 /// Kept free on a GPU: other programs on the desktop come and go.
 const CUDA_RESERVE: u64 = 256 << 20;
@@ -320,11 +321,19 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
         });
     }
     let tied = is_tied(model);
+    // Rotary divisors are one tensor of all layers, which a GPU holds once.
+    let mut first_use: HashMap<Device, usize> = HashMap::new();
     for (i, place) in places.iter().enumerate() {
         for (nth, share) in place.iter().enumerate() {
             let mut rows = share_entries(model, i, share, nth == 0, sizes);
             if tied && i == 0 && share.device == places[places.len() - 1][0].device {
                 rows.iter_mut().for_each(|e| e.bytes = 0); // the head's copy serves the embedding
+            }
+            if let (Block::Attention(Attention { rope_freqs: Some(divisors), .. }), Device::Cuda(_)) =
+                (&model.blocks[i], share.device)
+                && *first_use.entry(share.device).or_insert(i) != i
+            {
+                rows.retain(|e| e.name != divisors.name);
             }
             entries.extend(rows);
         }
