@@ -53,6 +53,8 @@ const GPU_PASS: usize = 8;
 const GPU_TILE_SHARE: f64 = 0.8;
 const GPU_TILE_WEIGHTS_PER_S: f64 = 5.8e9;
 const GPU_TILE_ROWS: f64 = 128.0;
+/// Share of [`Gpu::dense_tflops`], the best of a few products, in a prompt, where the chip is hot.
+const GPU_DENSE_SHARE: f64 = 0.92;
 /// Bytes that move per weight which is decoded to 16 bits for cuBLASLt, and the smallest products that go there.
 const GPU_DENSE_BYTES: f64 = 4.0;
 const GPU_DENSE_WEIGHTS: f64 = (1 << 20) as f64;
@@ -311,7 +313,7 @@ fn gpu_prompt_seconds(gpu: &Gpu, work: &Work) -> f64 {
         _ if p.ty == TensorType::F32 => (p.ops() / (mma / 8.0)).max(p.bytes() / bytes_per_s),
         Some(tflops) if !p.is_stack && p.weights >= GPU_DENSE_WEIGHTS && p.tokens >= GPU_DENSE_TOKENS => {
             let decode = if p.ty.is_quantised() { p.weights * GPU_DENSE_BYTES + p.bytes() } else { p.bytes() };
-            p.ops() / (tflops * 1e12) + decode / bytes_per_s
+            p.ops() / (tflops * 1e12 * GPU_DENSE_SHARE) + decode / bytes_per_s
         }
         _ => {
             let tiles = (p.tokens / GPU_TILE_ROWS).ceil();
