@@ -45,6 +45,9 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, e = blockIdx.x * ROUTE_ROWS + warp / 2;
     const u64 t = blockIdx.y;
     let_next_start();
+    // The table is no input of the step, and would have to come from memory when the experts are chosen.
+    if (blockIdx.x == 0 && t == 0)
+        for (int i = threadIdx.x * 16; i < N_EXPERTS; i += blockDim.x * 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + i));
     wait_for_inputs();
     float* logits = a.logits + t * (N_EXPERTS + 1);
     const bool is_row = e < N_EXPERTS || (e == N_EXPERTS && a.gate_shared);
@@ -72,9 +75,21 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     __syncthreads();
     if (!last) return;
     __threadfence();
-    for (int i = threadIdx.x; i < N_EXPERTS; i += blockDim.x) {
-        p[i] = __ldcg(logits + i);
-        table[i] = __ldcg(a.table + i);
+    // All loads first: one wait for the cache.
+    constexpr int THREADS = ROUTE_ROWS * 64, PER_THREAD = (N_EXPERTS + THREADS - 1) / THREADS;
+    float of_p[PER_THREAD];
+    u64 of_table[PER_THREAD];
+#pragma unroll
+    for (int j = 0; j < PER_THREAD; j++) {
+        const int i = min(j * THREADS + (int)threadIdx.x, N_EXPERTS - 1);
+        of_p[j] = __ldcg(logits + i);
+        of_table[j] = __ldcg(a.table + i);
+    }
+#pragma unroll
+    for (int j = 0; j < PER_THREAD; j++) {
+        const int i = min(j * THREADS + (int)threadIdx.x, N_EXPERTS - 1);
+        p[i] = of_p[j];
+        table[i] = of_table[j];
     }
     __syncthreads();
     if (warp != 0) return;
@@ -86,6 +101,7 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     for (int i = lane; i < N_EXPERTS; i += WARP) total += __expf(p[i] - best);
     total = warp_sum(total);
     float chosen_sum = 0.0f, mine = 0.0f, left[PER_LANE];
+    int id = 0;
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) left[j] = j * WARP + lane < N_EXPERTS ? p[j * WARP + lane] : -INFINITE;
     for (int k = 0; k < N_USED; k++) {
@@ -109,18 +125,20 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
         }
         const float w = __expf(top - best) / total;
         chosen_sum += w;
-        if (lane == k) mine = w;
-        if (lane == 0) {
-            const int id = min(at, N_EXPERTS - 1);
-            a.ids[t * N_USED + k] = id;
-            a.slots[t * N_USED + k] = table[id];
+        if (lane == k) {
+            mine = w;
+            id = min(at, N_EXPERTS - 1);
         }
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
             if (at == j * WARP + lane) left[j] = -INFINITE;
     }
     static_assert(N_USED < WARP, "one lane per chosen expert");
-    if (lane < N_USED) a.weights[t * (N_USED + 1) + lane] = mine / fmaxf(chosen_sum, 0.00006103515625f);
+    if (lane < N_USED) {
+        a.ids[t * N_USED + lane] = id;
+        a.slots[t * N_USED + lane] = table[id];
+        a.weights[t * (N_USED + 1) + lane] = mine / fmaxf(chosen_sum, 0.00006103515625f);
+    }
     if (lane == N_USED) a.weights[t * (N_USED + 1) + lane] = a.gate_shared ? sigmoid(__ldcg(logits + N_EXPERTS)) : 1.0f;
 }
 
@@ -208,8 +226,10 @@ template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, co
     constexpr int CHUNKS = is_float(TY) ? FF : FF / 32;
     for (int i = threadIdx.x; i < n * CHUNKS; i += DOWN_WARPS * WARP) {
         const int j = i / CHUNKS, c = i % CHUNKS;
+        // Weights of experts that are not here are not read; a branch around the rest would make its loads wait for the
+        // slot.
         const u64 slot = slots ? slots[j] : 0;
-        if (slots && !slot) continue;
+        const bool here = !slots || slot;
         const u8* weight = (const u8*)(slot + w.weight);
         const float factor = weights[j] * (w.scale ? w.scale[ids ? ids[j] : 0] : 1.0f);
         const u64 from = at + (u64)j * FF_STRIDE;
@@ -219,12 +239,14 @@ template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, co
         if constexpr (is_float(TY)) {
             const float x = a.act[from + c] * factor;
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; r++) acc[r] += value<TY>(weight, w.n_blocks, rows[r] * FF + c) * x;
+            for (int r = 0; r < DOWN_ROWS; r++)
+                if (here) acc[r] += value<TY>(weight, w.n_blocks, rows[r] * FF + c) * x;
         } else {
             typedef Quant<TY> Q;
-            typename Q::Raw raw[DOWN_ROWS];
+            typename Q::Raw raw[DOWN_ROWS] = {};
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; r++) raw[r] = Q::load(weight, w.n_blocks, rows[r] * CHUNKS + c);
+            for (int r = 0; r < DOWN_ROWS; r++)
+                if (here) raw[r] = Q::load(weight, w.n_blocks, rows[r] * CHUNKS + c);
             const int4* p = reinterpret_cast<const int4*>(a.act_codes + from) + 2 * c;
             const int4 lo = p[0], hi = p[1];
             Q8Head head = a.act_heads[from / 32 + c];
@@ -234,7 +256,8 @@ template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, co
             for (int r = 0; r < DOWN_ROWS; r++) {
                 Unit unit;
                 Q::expand(raw[r], rows[r] * CHUNKS + c, unit);
-                acc[r] += dot<TY>(unit, x, head);
+                const float sum = dot<TY>(unit, x, head);
+                if (here) acc[r] += sum;
             }
         }
     }

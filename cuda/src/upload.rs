@@ -78,8 +78,10 @@ impl Item {
 
     /// `n` matrices: `part` of each of the `slots`, which are `stride` bytes apart.
     pub fn stack(weight: Weight, slots: Range, part: Range, n: usize, stride: usize) -> Self {
-        let bytes = if n == 0 { 0 } else { (n - 1) * stride + part.bytes };
-        let range = Range { offset: slots.offset + part.offset, bytes };
+        let range = match n {
+            0 => slots,
+            _ => Range { offset: slots.offset + part.offset, bytes: (n - 1) * stride + part.bytes },
+        };
         Self { weight, range, n_matrices: n, stride }
     }
 

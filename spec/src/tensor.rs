@@ -196,7 +196,7 @@ impl Weight {
     /// If the weight lacks some of the rows, or `out` has another length.
     pub fn decode_rows(&self, source: &dyn TensorSource, rows: Range<usize>, out: &mut [f32]) {
         assert_eq!(out.len(), rows.len() * self.n_cols, "elements of {} rows of {}", rows.len(), self.name);
-        for (row, out) in rows.zip(out.chunks_exact_mut(self.n_cols)) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.n_cols.max(1))) {
             self.ty.decode(self.row(source, row), out);
         }
     }
