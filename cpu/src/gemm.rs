@@ -178,7 +178,22 @@ pub(crate) unsafe fn add_product<V: Simd>(
     }
 }
 
-/// `c[i][j] = sum_k a[i][k] * b[j][k]` for `a` `[m, k]`, `b` `[n, k]`, `c` with rows `ldc` apart; reads `b` in order.
+/// Rows of the second factor that are asked for ahead.
+const AHEAD: usize = 16;
+
+/// Asks for the cache lines of `n` elements at `p`, which need not be valid.
+#[inline(always)]
+fn prefetch<T>(p: *const T, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..n * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of an invalid address does nothing.
+        unsafe { _mm_prefetch(p.cast::<i8>().wrapping_add(at), _MM_HINT_T0) };
+    }
+}
+
+/// `c[i][j] = sum_k a[i][k] * b[j][k]` for `a` `[m, k]`, `b` `[n, k]`, `c` with rows `ldc` apart; reads `b` in order. Sums
+/// are made in the order of [`product_transposed`], so that a prompt gives the same in any chunks.
 ///
 /// # Safety
 /// The pointers hold these shapes, and `k` is a multiple of `V::LANES`.
@@ -189,55 +204,63 @@ pub(crate) unsafe fn stream_product_transposed<V: Simd, B: Element>(
     b: *const B,
     (c, ldc): (*mut f32, usize),
 ) {
-    /// `ROWS` rows times one column; two sums a row hide the latency of additions.
+    /// `ROWS` rows times `COLS` columns.
     #[inline(always)]
-    unsafe fn column<V: Simd, B: Element, const ROWS: usize>(
+    unsafe fn block<V: Simd, B: Element, const ROWS: usize, const COLS: usize>(
         k: usize,
         a: *const f32,
         b: *const B,
-        c: *mut f32,
-        ldc: usize,
+        (c, ldc): (*mut f32, usize),
     ) {
-        // SAFETY: the caller's shapes include ROWS rows here.
+        // SAFETY: the caller's shapes include ROWS rows and COLS columns here.
         unsafe {
-            let mut sums = [[V::splat(0.0); 4]; 2];
-            let whole = k - k % (2 * V::LANES);
-            for i in (0..whole).step_by(2 * V::LANES) {
-                for half in 0..2 {
-                    let b = B::load::<V>(b.add(i + half * V::LANES));
+            let mut sums = [[V::splat(0.0); 4]; COLS];
+            for i in (0..k).step_by(V::LANES) {
+                for col in 0..COLS {
+                    let b = B::load::<V>(b.add(col * k + i));
                     for row in 0..ROWS {
-                        sums[half][row] = V::load(a.add(row * k + i + half * V::LANES)).mul_add(b, sums[half][row]);
+                        sums[col][row] = V::load(a.add(row * k + i)).mul_add(b, sums[col][row]);
                     }
                 }
             }
-            if whole < k {
-                let b = B::load::<V>(b.add(whole));
+            for col in 0..COLS {
+                let sums = V::sums(sums[col]);
                 for row in 0..ROWS {
-                    sums[0][row] = V::load(a.add(row * k + whole)).mul_add(b, sums[0][row]);
+                    *c.add(row * ldc + col) = sums[row];
                 }
-            }
-            let mut both = sums[0];
-            for row in 0..ROWS {
-                both[row] = sums[0][row].add(sums[1][row]);
-            }
-            let sums = V::sums(both);
-            for row in 0..ROWS {
-                *c.add(row * ldc) = sums[row];
             }
         }
     }
-    for col in 0..n {
+    #[inline(always)]
+    unsafe fn columns<V: Simd, B: Element, const COLS: usize>(
+        m: usize,
+        k: usize,
+        a: *const f32,
+        b: *const B,
+        (c, ldc): (*mut f32, usize),
+    ) {
         for row in (0..m).step_by(4) {
-            // SAFETY: rows stay below m, columns below n.
+            // SAFETY: rows stay below m.
             unsafe {
-                let (a, b, c) = (a.add(row * k), b.add(col * k), c.add(row * ldc + col));
+                let (a, c) = (a.add(row * k), (c.add(row * ldc), ldc));
                 match m - row {
-                    1 => column::<V, B, 1>(k, a, b, c, ldc),
-                    2 => column::<V, B, 2>(k, a, b, c, ldc),
-                    3 => column::<V, B, 3>(k, a, b, c, ldc),
-                    _ => column::<V, B, 4>(k, a, b, c, ldc),
+                    1 => block::<V, B, 1, COLS>(k, a, b, c),
+                    2 => block::<V, B, 2, COLS>(k, a, b, c),
+                    3 => block::<V, B, 3, COLS>(k, a, b, c),
+                    _ => block::<V, B, 4, COLS>(k, a, b, c),
                 }
             }
+        }
+    }
+    let pairs = n - n % 2;
+    // SAFETY: columns stay below n.
+    unsafe {
+        for col in (0..pairs).step_by(2) {
+            prefetch(b.wrapping_add((col + AHEAD) * k), 2 * k);
+            columns::<V, B, 2>(m, k, a, b.add(col * k), (c.add(col), ldc));
+        }
+        if pairs < n {
+            columns::<V, B, 1>(m, k, a, b.add(pairs * k), (c.add(pairs), ldc));
         }
     }
 }
@@ -311,6 +334,7 @@ pub(crate) unsafe fn stream_add_product<V: Simd, B: Element>(
     // SAFETY: rows of `b` stay below k.
     unsafe {
         for i in (0..pairs).step_by(2) {
+            prefetch(b.wrapping_add((i + AHEAD) * n), 2 * n);
             all_rows::<V, B, 2>(m, n, (a.add(i), lda), b.add(i * n), c);
         }
         if pairs < k {
