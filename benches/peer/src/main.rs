@@ -26,7 +26,8 @@ struct Options {
     /// Rounds; each runs both engines, in alternating order.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
-    /// Prompt tokens of the prompt test.
+    /// Prompt tokens of the prompt test; 0 leaves it out, and rounds then continue one sequence, whose first tokens are
+    /// read once.
     #[arg(short, long, default_value_t = 512)]
     prompt: usize,
     /// Tokens of the generation test.
@@ -65,25 +66,32 @@ struct Round {
     logits: Vec<Vec<f32>>,
 }
 
+/// A new sequence with the tokens before the generation test.
+fn begin(runner: &mut dyn Runner, options: &Options, tokens: &[u32]) -> Result<()> {
+    runner.clear()?;
+    runner.feed(&tokens[..options.depth + 1], &mut Vec::new())
+}
+
 /// The tests of one round for one engine.
 fn round(runner: &mut dyn Runner, options: &Options, tokens: &[u32]) -> Result<Round> {
     // Spinning worker threads of the engine that ran before get time to fall asleep.
     std::thread::sleep(Duration::from_millis(300));
     let (depth, rest) = tokens.split_at(options.depth);
-    let mut logits = vec![Vec::new()];
-    runner.clear()?;
-    if !depth.is_empty() {
-        runner.feed(depth, &mut logits[0])?;
+    let mut logits = Vec::new();
+    let mut prompt = f64::NAN;
+    if options.prompt > 0 {
+        logits.push(Vec::new());
+        runner.clear()?;
+        if !depth.is_empty() {
+            runner.feed(depth, &mut logits[0])?;
+        }
+        let start = Instant::now();
+        runner.feed(&rest[..options.prompt], &mut logits[0])?;
+        prompt = options.prompt as f64 / start.elapsed().as_secs_f64();
+        begin(runner, options, tokens)?;
     }
     let start = Instant::now();
-    runner.feed(&rest[..options.prompt], &mut logits[0])?;
-    let prompt = options.prompt as f64 / start.elapsed().as_secs_f64();
-
-    runner.clear()?;
-    let (first, rest) = rest.split_at(1);
-    runner.feed(&[depth, first].concat(), &mut Vec::new())?;
-    let start = Instant::now();
-    for token in &rest[..options.generate] {
+    for token in &rest[1..options.generate + 1] {
         let mut row = Vec::new();
         runner.feed(&[*token], &mut row)?;
         logits.push(row);
@@ -101,13 +109,14 @@ fn spread(values: impl Iterator<Item = f64>) -> [f64; 3] {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    ensure!(options.repeats > 0 && options.prompt > 0 && options.generate > 0, "nothing to measure");
+    ensure!(options.repeats > 0 && options.generate > 0, "nothing to measure");
     let threads = match options.threads {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
     };
     let n_tokens = options.depth + 1 + options.prompt.max(options.generate);
-    let n_ctx = n_tokens.next_multiple_of(256);
+    let n_generated = if options.prompt == 0 { (options.repeats + 1) * options.generate } else { 0 };
+    let n_ctx = (n_tokens + n_generated).next_multiple_of(256);
 
     let mut llama = llama::Llama::open(&options.model, n_ctx, options.batch, threads)?;
     let mut ours = ours::Ours::open(&options.model, n_ctx, options.batch, threads)?;
@@ -120,6 +129,10 @@ fn main() -> Result<()> {
     eprintln!("llama.cpp: {}", llama::Llama::build());
     eprintln!("tandem: {}", ours.build());
     let mut rounds: [Vec<Round>; 2] = [Vec::new(), Vec::new()];
+    if options.prompt == 0 {
+        let runners: [&mut dyn Runner; 2] = [&mut llama, &mut ours];
+        runners.into_iter().try_for_each(|runner| begin(runner, &options, &tokens))?;
+    }
     for repeat in 0..=options.repeats {
         let runners: [&mut dyn Runner; 2] = [&mut llama, &mut ours];
         for (which, runner) in runners.into_iter().enumerate() {
@@ -152,7 +165,7 @@ fn print_table(options: &Options, threads: usize, [theirs, ours]: &[Vec<Round>; 
         (format!("pp{}{depth}", options.prompt), |r| r.prompt),
         (format!("tg{}{depth}", options.generate), |r| r.generate),
     ];
-    for (test, rate) in tests {
+    for (test, rate) in tests.into_iter().skip(usize::from(options.prompt == 0)) {
         let show = |rounds: &[Round]| {
             let [least, median, greatest] = spread(rounds.iter().map(rate));
             format!("{median:.2} ({least:.2} to {greatest:.2})")

@@ -42,7 +42,6 @@ impl Ours {
 
 impl Runner for Ours {
     fn clear(&mut self) -> Result<()> {
-        self.states.reset(0);
         self.n_past = 0;
         Ok(())
     }
