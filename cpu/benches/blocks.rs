@@ -62,8 +62,7 @@ fn main() {
             "--threads" => options.threads = args.next().and_then(|n| n.parse().ok()).expect("--threads N"),
             "--isa" => {
                 let name = args.next().expect("--isa NAME");
-                let isas = [Isa::Avx512, Isa::Avx2, Isa::Portable];
-                options.isa = isas.into_iter().find(|i| i.name() == name).expect("an ISA");
+                options.isa = Isa::by_name(&name).expect("an ISA");
             }
             _ => kinds.push(arg),
         }

@@ -91,10 +91,10 @@ fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
     let (ops, seconds) = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
+        Isa::AvxVnni | Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::Avx512 => (integer::AVX512_OPS, time(pool, 30, |_| unsafe { integer::avx512() })),
+        Isa::Amx | Isa::Avx512 => (integer::AVX512_OPS, time(pool, 30, |_| unsafe { integer::avx512() })),
         _ => return f64::NAN,
     };
     (ops * threads) as f64 / seconds[0] / 1e9
@@ -132,7 +132,7 @@ fn main() {
             "--threads" => threads = args.next().and_then(|n| n.parse().ok()).expect("--threads N"),
             "--isa" => {
                 let name = args.next().expect("--isa NAME");
-                isa = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().find(|i| i.name() == name).expect("an ISA");
+                isa = Isa::by_name(&name).expect("an ISA");
             }
             name => types.extend(tandem_spec::tensor_type::TYPES.iter().map(|r| r.ty).find(|ty| ty.name() == name)),
         }
@@ -146,7 +146,7 @@ fn main() {
     let (read, integer) = (read_roof(&pool, threads), integer_roof(&pool, threads, isa));
     println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
     println!(
-        "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 64, 512, share of integer roof"
+        "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 16, 64, 512, share of integer roof"
     );
     for ty in types {
         for n_cols in [1024, 3584] {
@@ -168,7 +168,7 @@ fn main() {
             print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
             let (warm, _) = matrix(&pool, ty, 1024 * threads, n_cols, isa);
-            for n_rows in [2, 4, 8, 64, 512] {
+            for n_rows in [2, 4, 8, 16, 64, 512] {
                 let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 512 { 40 } else { 11 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
                 print!(" {rate:6.1}");

@@ -39,11 +39,17 @@ pub(crate) struct SuperBlock {
     pub sums_16: [i16; 16],
 }
 
-/// 32 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many
-/// rows of activations have for the same columns follow each other.
+/// Columns of [`Codes`].
+pub(crate) const CODES_LEN: usize = 64;
+
+/// Activations that [`ActivationBuffer`] has room for beyond the last one: AMX reads 32 rows at a time.
+const ROWS_BEHIND: usize = 31;
+
+/// 64 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many
+/// rows of activations have for the same columns follow each other. Their length is that of a row of an AMX tile.
 #[derive(Clone, Copy)]
-#[repr(C, align(32))]
-pub(crate) struct Codes(pub [i8; BLOCK_LEN]);
+#[repr(C, align(64))]
+pub(crate) struct Codes(pub [i8; CODES_LEN]);
 
 // Kernels read four codes, or two sums, as one aligned 32-bit number.
 const _: () = assert!(size_of::<Block>() == 44 && size_of::<SuperBlock>() == 52);
@@ -110,13 +116,18 @@ unsafe fn round_256(x: &[f32], blocks: &[UnsafeCell<SuperBlock>], codes: &[Unsaf
     for (x, cell) in x.as_chunks::<SUPER_BLOCK_LEN>().0.iter().zip(blocks.iter().step_by(stride)) {
         let (max, inverse) = magnitude(x);
         let mut block = SuperBlock { scale: max / 127.0, ..SuperBlock::ZERO };
-        for (k, (x, cell)) in x.as_chunks::<BLOCK_LEN>().0.iter().zip(&mut codes).enumerate() {
-            let codes = round(x, inverse);
-            let halves = [sum(&codes[..16]), sum(&codes[16..])];
-            block.sums_16[2 * k..2 * k + 2].copy_from_slice(&halves);
-            block.sums_32[k] = halves[0] + halves[1];
+        for (k, (x, cell)) in x.as_chunks::<CODES_LEN>().0.iter().zip(&mut codes).enumerate() {
+            let mut both = Codes([0; CODES_LEN]);
+            for (half, x) in x.as_chunks::<BLOCK_LEN>().0.iter().enumerate() {
+                let codes = round(x, inverse);
+                let sums = [sum(&codes[..16]), sum(&codes[16..])];
+                let k = 2 * k + half;
+                block.sums_16[2 * k..2 * k + 2].copy_from_slice(&sums);
+                block.sums_32[k] = sums[0] + sums[1];
+                both.0[half * BLOCK_LEN..][..BLOCK_LEN].copy_from_slice(&codes);
+            }
             // SAFETY: as the caller promises.
-            unsafe { *cell.get() = Codes(codes) };
+            unsafe { *cell.get() = both };
         }
         // SAFETY: as the caller promises.
         unsafe { *cell.get() = block };
@@ -200,24 +211,29 @@ fn cells<T: Copy>(n: usize, value: T) -> Result<Box<[UnsafeCell<T>]>, TryReserve
     Ok(cells.into_boxed_slice())
 }
 
+/// Numbers of floats, blocks, super-blocks and their codes of an [`ActivationBuffer`].
+fn cells_of(max_elements: usize, forms: Forms) -> [usize; 4] {
+    let n = |wanted: bool, len: usize, behind: usize| if wanted { max_elements / len + behind } else { 0 };
+    let codes = n(forms.codes_256, CODES_LEN, ROWS_BEHIND);
+    [n(forms.floats, 1, 0), n(forms.codes_32, BLOCK_LEN, 0), n(forms.codes_256, SUPER_BLOCK_LEN, 0), codes]
+}
+
 impl ActivationBuffer {
     /// Memory for `max_elements` = rows x columns elements in `forms`, or an error where there is not enough.
     pub fn new(max_elements: usize, forms: Forms) -> Result<Self, TryReserveError> {
-        let n = |wanted: bool, len: usize| if wanted { max_elements / len } else { 0 };
+        let n = cells_of(max_elements, forms);
         Ok(Self {
-            floats: cells(n(forms.floats, 1), 0.0)?,
-            blocks: cells(n(forms.codes_32, BLOCK_LEN), Block::ZERO)?,
-            super_blocks: cells(n(forms.codes_256, SUPER_BLOCK_LEN), SuperBlock::ZERO)?,
-            super_codes: cells(n(forms.codes_256, BLOCK_LEN), Codes([0; BLOCK_LEN]))?,
+            floats: cells(n[0], 0.0)?,
+            blocks: cells(n[1], Block::ZERO)?,
+            super_blocks: cells(n[2], SuperBlock::ZERO)?,
+            super_codes: cells(n[3], Codes([0; CODES_LEN]))?,
         })
     }
 
     /// Bytes that [`ActivationBuffer::new`] allocates.
     pub fn n_bytes(max_elements: usize, forms: Forms) -> usize {
-        usize::from(forms.floats) * max_elements * size_of::<f32>()
-            + usize::from(forms.codes_32) * (max_elements / BLOCK_LEN) * size_of::<Block>()
-            + usize::from(forms.codes_256) * (max_elements / SUPER_BLOCK_LEN) * size_of::<SuperBlock>()
-            + usize::from(forms.codes_256) * (max_elements / BLOCK_LEN) * size_of::<Codes>()
+        let sizes = [size_of::<f32>(), size_of::<Block>(), size_of::<SuperBlock>(), size_of::<Codes>()];
+        cells_of(max_elements, forms).into_iter().zip(sizes).map(|(n, size)| n * size).sum()
     }
 
     /// Bytes that were allocated.
@@ -241,7 +257,7 @@ impl ActivationBuffer {
             floats: part(&self.floats, forms.floats, 1, start, n_rows * n_cols),
             blocks: part(&self.blocks, forms.codes_32, BLOCK_LEN, start, n_rows * n_cols),
             super_blocks: part(&self.super_blocks, forms.codes_256, SUPER_BLOCK_LEN, start, n_rows * n_cols),
-            super_codes: part(&self.super_codes, forms.codes_256, BLOCK_LEN, start, n_rows * n_cols),
+            super_codes: part(&self.super_codes, forms.codes_256, CODES_LEN, start, n_rows * n_cols),
         }
     }
 }
@@ -269,7 +285,7 @@ pub struct Activations<'a> {
     blocks: &'a [UnsafeCell<Block>],
     /// `[n_cols / 256, n_rows]`, or empty.
     super_blocks: &'a [UnsafeCell<SuperBlock>],
-    /// `[n_cols / 32, n_rows]`, or empty.
+    /// `[n_cols / 64, n_rows]`, or empty.
     super_codes: &'a [UnsafeCell<Codes>],
 }
 
@@ -327,7 +343,7 @@ impl Activations<'_> {
         }
         if self.forms.codes_256 {
             let blocks = &self.super_blocks[col / SUPER_BLOCK_LEN * self.n_rows + row..];
-            let codes = &self.super_codes[col / BLOCK_LEN * self.n_rows + row..];
+            let codes = &self.super_codes[col / CODES_LEN * self.n_rows + row..];
             match avx2 {
                 // SAFETY: the processor has the features; nobody else touches these blocks now.
                 #[cfg(target_arch = "x86_64")]
@@ -356,7 +372,7 @@ impl Activations<'_> {
         self.super_blocks.as_ptr().cast()
     }
 
-    /// First of the codes `[n_cols / 32, n_rows]` of the blocks of 256.
+    /// First of the codes `[n_cols / 64, n_rows]` of the blocks of 256; 31 more than these may be read.
     pub(crate) fn super_codes(&self) -> *const Codes {
         assert!(self.forms.codes_256, "these activations were made without blocks of 256");
         self.super_codes.as_ptr().cast()

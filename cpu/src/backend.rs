@@ -22,7 +22,9 @@ use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource,
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The instruction set was asked for and is not there.
-    #[error("this processor has no {0}; choose avx512, avx2 or portable, or leave the choice to tandem")]
+    #[error(
+        "this processor has no {0}; choose one that it has (portable runs anywhere), or leave the choice to tandem"
+    )]
     Isa(&'static str),
     /// Threads cannot be started.
     #[error("cannot start the CPU workers: {0}")]

@@ -192,8 +192,8 @@ fn prefetch<T>(p: *const T, n: usize) {
     }
 }
 
-/// `c[i][j] = sum_k a[i][k] * b[j][k]` for `a` `[m, k]`, `b` `[n, k]`, `c` with rows `ldc` apart; reads `b` in order. Sums
-/// are made in the order of [`product_transposed`], so that a prompt gives the same in any chunks.
+/// `c[i][j] = sum_k a[i][k] * b[j][k]` for `a` `[m, k]`, `b` `[n, k]`, `c` with rows `ldc` apart; reads `b` in order.
+/// Sums are made in the order of [`product_transposed`], so that a prompt gives the same in any chunks.
 ///
 /// # Safety
 /// The pointers hold these shapes, and `k` is a multiple of `V::LANES`.

@@ -4,6 +4,8 @@
 //! rows, what the integer dot-product instructions of every instruction set take. Rows become lanes, and no kernel
 //! adds across lanes.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod float;
 mod iq4;
 mod kernel;
@@ -30,10 +32,7 @@ use tandem_spec::{TensorSource, TensorType, Weight};
 
 /// Rows of a panel.
 pub fn panel_rows(isa: Isa) -> usize {
-    match isa {
-        Isa::Avx512 => 16,
-        Isa::Avx2 | Isa::Portable => 8,
-    }
+    if isa.has_avx512() { 16 } else { 8 }
 }
 
 /// A weight matrix `[n_rows, n_cols]`, packed for one instruction set.
@@ -66,9 +65,9 @@ impl Matrix {
                 let first = rows.start + panel * panel_rows;
                 let row =
                     |lane: usize| if first + lane < rows.end { weight.row(source, first + lane) } else { &no_row[..] };
-                match isa {
-                    Isa::Avx512 => pack_panel::<16>(weight.ty, from_fn(row), out),
-                    Isa::Avx2 | Isa::Portable => pack_panel::<8>(weight.ty, from_fn(row), out),
+                match panel_rows {
+                    16 => pack_panel::<16>(weight.ty, from_fn(row), out),
+                    _ => pack_panel::<8>(weight.ty, from_fn(row), out),
                 }
             },
         );

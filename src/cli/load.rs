@@ -50,9 +50,8 @@ pub struct EngineArgs {
 }
 
 fn parse_isa(text: &str) -> Result<Isa, String> {
-    let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
-    let Some(isa) = all.into_iter().find(|isa| isa.name() == text) else {
-        return Err(format!("expected {}, found `{text}`", all.map(Isa::name).join(", ")));
+    let Some(isa) = Isa::by_name(text) else {
+        return Err(format!("expected {}, found `{text}`", Isa::ALL.map(Isa::name).join(", ")));
     };
     if !isa.is_available() {
         return Err(format!("this processor has no {text}; the best it has is {}", Isa::detect().name()));

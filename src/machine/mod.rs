@@ -139,10 +139,7 @@ pub(crate) mod isa_name {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Isa, D::Error> {
         let name = String::deserialize(deserializer)?;
-        let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
-        let names = || all.map(Isa::name).join(", ");
-        all.into_iter()
-            .find(|isa| isa.name() == name)
-            .ok_or_else(|| D::Error::custom(format!("instruction set `{name}` is none of {}", names())))
+        let names = || Isa::ALL.map(Isa::name).join(", ");
+        Isa::by_name(&name).ok_or_else(|| D::Error::custom(format!("instruction set `{name}` is none of {}", names())))
     }
 }

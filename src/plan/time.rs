@@ -73,8 +73,8 @@ const GPU_FEED_FORWARD_US: f64 = 12.0;
 fn per_thread(isa: Isa, ty: TensorType) -> (f64, f64) {
     let plain = !ty.is_quantised();
     match isa {
-        Isa::Avx512 => (if plain { 16.0 } else { 12.0 }, if plain { 60.0 } else { 110.0 }),
-        Isa::Avx2 => (if plain { 14.0 } else { 8.0 }, if plain { 40.0 } else { 60.0 }),
+        Isa::Amx | Isa::Avx512 => (if plain { 16.0 } else { 12.0 }, if plain { 60.0 } else { 110.0 }),
+        Isa::AvxVnni | Isa::Avx2 => (if plain { 14.0 } else { 8.0 }, if plain { 40.0 } else { 60.0 }),
         Isa::Portable => (1.0, 2.0),
     }
 }

@@ -14,9 +14,8 @@ const N_CTX: usize = 200;
 
 /// The instruction sets that this processor has.
 fn available() -> Vec<Isa> {
-    let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
-    let found: Vec<Isa> = all.into_iter().filter(|isa| isa.is_available()).collect();
-    for isa in all.iter().filter(|isa| !found.contains(isa)) {
+    let found: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+    for isa in Isa::ALL.iter().filter(|isa| !found.contains(isa)) {
         println!("skipped: this processor has no {}", isa.name());
     }
     found

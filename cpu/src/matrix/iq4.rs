@@ -2,7 +2,7 @@
 //! of 256 in 8 tiles) d `[R]` f16, scales_h `[R]` u16, scales_l `[4, R]` u8, qs `[8, 4, R, 4]`; MXFP4 e `[R]` u8, qs
 //! `[4, R, 4]`. Nibbles as in Q4_0.
 
-use super::kernel::{Affine, Quant, Signed};
+use super::kernel::{Affine, Decoded, Quant, Signed};
 use super::q4_0::nibbles;
 use super::simd::Simd;
 
@@ -33,9 +33,9 @@ impl Quant for Iq4Nl {
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
-        unsafe { Signed::new(&lookup::<S>(&IQ4_VALUES, p.add(2 * S::LANES)), S::load_f16(p)) }
+        unsafe { Decoded::without_offset(lookup::<S>(&IQ4_VALUES, p.add(2 * S::LANES)), S::load_f16(p)) }
     }
 }
 
@@ -45,14 +45,15 @@ impl Quant for Iq4Xs {
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let low = S::shr16(S::load_u8(p.add((4 + k / 2) * S::LANES)), 4 * (k as u32 % 2));
             let high = S::and(S::shr16(S::load_u16(p.add(2 * S::LANES)), 2 * k as u32), S::splat_i32(3));
             let scale = S::or(S::and(low, S::splat_i32(15)), S::shl16(high, 4));
             let scale = S::to_f32(S::sub_i32(scale, S::splat_i32(32)));
-            Signed::new(&lookup::<S>(&IQ4_VALUES, p.add((8 + 16 * k) * S::LANES)), S::mul(S::load_f16(p), scale))
+            let w = lookup::<S>(&IQ4_VALUES, p.add((8 + 16 * k) * S::LANES));
+            Decoded::without_offset(w, S::mul(S::load_f16(p), scale))
         }
     }
 }
@@ -63,12 +64,12 @@ impl Quant for Mxfp4 {
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::exp2_minus_128(S::load_u8(p));
             let w = lookup::<S>(&MXFP4_VALUES_PLUS_12, p.add(S::LANES));
-            Affine { w, scale, offset: S::mul(scale, S::splat(-12.0)) }
+            Decoded { w, scale, offset: S::mul(scale, S::splat(-12.0)) }
         }
     }
 }

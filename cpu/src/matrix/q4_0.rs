@@ -2,7 +2,7 @@
 //! bit i the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column
 //! `16 + 4 i + j` in the high one.
 
-use super::kernel::{Affine, Quant};
+use super::kernel::{Affine, Decoded, Quant};
 use super::simd::Simd;
 
 /// The 32 four-bit codes at `qs` `[4, R, 4]`.
@@ -45,11 +45,11 @@ impl Quant for Q4_0 {
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 4> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::load_f16(p);
-            Affine { w: nibbles::<S>(p.add(2 * S::LANES)), scale, offset: S::mul(scale, S::splat(-8.0)) }
+            Decoded { w: nibbles::<S>(p.add(2 * S::LANES)), scale, offset: S::mul(scale, S::splat(-8.0)) }
         }
     }
 }
@@ -60,10 +60,10 @@ impl Quant for Q4_1 {
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 4> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
-            Affine {
+            Decoded {
                 w: nibbles::<S>(p.add(4 * S::LANES)),
                 scale: S::load_f16(p),
                 offset: S::load_f16(p.add(2 * S::LANES)),
@@ -78,11 +78,11 @@ impl Quant for Q5_0 {
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let scale = S::load_f16(p);
-            Affine {
+            Decoded {
                 w: nibbles_and_fifth::<S>(p.add(2 * S::LANES), p.add(6 * S::LANES)),
                 scale,
                 offset: S::mul(scale, S::splat(-16.0)),
@@ -97,10 +97,10 @@ impl Quant for Q5_1 {
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Affine<S, 5> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
-            Affine {
+            Decoded {
                 w: nibbles_and_fifth::<S>(p.add(4 * S::LANES), p.add(8 * S::LANES)),
                 scale: S::load_f16(p),
                 offset: S::load_f16(p.add(2 * S::LANES)),

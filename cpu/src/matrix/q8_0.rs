@@ -1,6 +1,6 @@
 //! Q8_0: blocks of 32. Packed: d `[R]` f16; codes `[8, R, 4]` i8.
 
-use super::kernel::{Quant, Signed};
+use super::kernel::{Decoded, Quant, Signed};
 use super::simd::Simd;
 
 pub(super) struct Q8_0;
@@ -11,14 +11,14 @@ impl Quant for Q8_0 {
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Signed<S> {
+    unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
             let mut w = [S::splat_u8(0); 8];
             for g in 0..8 {
                 w[g] = S::load(p.add((2 + 4 * g) * S::LANES));
             }
-            Signed::new(&w, S::load_f16(p))
+            Decoded::without_offset(w, S::load_f16(p))
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Every supported type on every instruction set of this processor against exact decodes with sums in f64.
 
 use super::*;
-use crate::activations::{ActivationBuffer, BLOCK_LEN, Forms, SUPER_BLOCK_LEN};
+use crate::activations::{ActivationBuffer, BLOCK_LEN, CODES_LEN, Forms, SUPER_BLOCK_LEN};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{Buffers, Poisoned, Rng, random_blocks};
 
 fn isas() -> impl Iterator<Item = Isa> {
-    [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available())
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
 }
 
 fn types() -> impl Iterator<Item = TensorType> {
@@ -36,8 +36,8 @@ fn activations<'a>(
         let (scale, code) = unsafe {
             if forms.codes_256 {
                 let block = &*activations.super_blocks().add(col / SUPER_BLOCK_LEN * n_rows + row);
-                let codes = &*activations.super_codes().add(col / BLOCK_LEN * n_rows + row);
-                (block.scale, codes.0[col % BLOCK_LEN])
+                let codes = &*activations.super_codes().add(col / CODES_LEN * n_rows + row);
+                (block.scale, codes.0[col % CODES_LEN])
             } else if forms.codes_32 {
                 let block = &*activations.blocks().add(col / BLOCK_LEN * n_rows + row);
                 (block.scale, block.codes[col % BLOCK_LEN])
@@ -199,7 +199,7 @@ fn rounding_of_activations() {
     let mut x = [0.0f32; SUPER_BLOCK_LEN];
     let (block, super_block, codes) = round(&x);
     assert_eq!((block.scale, block.sum, block.code_sum, block.codes), (0.0, 0.0, 0, [0; BLOCK_LEN]));
-    assert_eq!((super_block.scale, super_block.sums_16, codes.0), (0.0, [0; 16], [0; BLOCK_LEN]));
+    assert_eq!((super_block.scale, super_block.sums_16, codes.0), (0.0, [0; 16], [0; CODES_LEN]));
     (x[0], x[1], x[2], x[16], x[40]) = (-12.7, 0.25, 0.349, 12.6, 25.4);
     let (block, super_block, codes) = round(&x);
     assert_eq!(block.codes[..3], [-127, 2, 3], "nearest, ties to even");

@@ -1,17 +1,20 @@
 //! AVX2, FMA and F16C: eight rows. `vpmaddubsw` adds two products of an unsigned code and a signed activation into
 //! 16 bits and saturates, so sums are widened before they can reach 2^15: with codes of 4 bits after 8 instructions
 //! (8 * 2 * 15 * 127 = 30480), with 5 bits after 4, with 6 bits after 2, with 8 bits (2 * 128 * 127 = 32512) at once.
+//! AVX-VNNI, where the processor has it, does away with that.
 
 use super::Simd;
 use crate::activations::Block;
 use std::arch::x86_64::*;
 
-/// Eight rows in 256-bit registers.
+/// Eight rows in 256-bit registers. With `VNNI`, `vpdpbusd` and `vpdpwssd` of AVX-VNNI do the products: they add four
+/// (two) of them to 32 bits without saturation.
 #[derive(Clone, Copy)]
-pub(in crate::matrix) struct Avx2;
+pub(in crate::matrix) struct Avx2<const VNNI: bool>;
 
-/// Signed codes as magnitudes and signs. With `s` the sign of a code (0 or -1), `w x = |w| (x ^ s) - s |w|`:
-/// `vpxor` runs in every vector unit, where `vpsignb` would compete with the multiplications.
+/// Signed codes. With VNNI: codes plus 128 as magnitudes, and nothing else. Without: magnitudes and signs; with `s` the
+/// sign of a code (0 or -1), `w x = |w| (x ^ s) - s |w|`: `vpxor` runs in every vector unit, where `vpsignb` would
+/// compete with the multiplications.
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Signed {
     magnitudes: [__m256i; 8],
@@ -40,9 +43,21 @@ unsafe fn dot16(w: &[__m256i; 8], x: *const i8, g: usize, n: usize) -> __m256i {
     }
 }
 
+/// 32-bit sums of products of groups `range` of four columns, added to `sum`.
+#[inline(always)]
+unsafe fn dot_vnni(w: &[__m256i; 8], x: *const i8, range: std::ops::Range<usize>, mut sum: __m256i) -> __m256i {
+    // SAFETY: the caller has AVX-VNNI and 32 codes.
+    unsafe {
+        for g in range {
+            sum = _mm256_dpbusd_avx_epi32(sum, w[g], codes(x, g));
+        }
+        sum
+    }
+}
+
 /// `sum + scale * products` of groups `range` of four columns.
 #[inline(always)]
-unsafe fn dot32(
+unsafe fn dot32<const VNNI: bool>(
     bits: u32,
     w: &[__m256i; 8],
     scale: __m256i,
@@ -50,8 +65,12 @@ unsafe fn dot32(
     range: std::ops::Range<usize>,
     mut sum: __m256i,
 ) -> __m256i {
-    // SAFETY: the caller has AVX2 and 32 codes.
+    // SAFETY: the caller has AVX2, with VNNI if it says so, and 32 codes.
     unsafe {
+        if VNNI {
+            let products = dot_vnni(w, x, range, _mm256_setzero_si256());
+            return _mm256_add_epi32(sum, _mm256_mullo_epi32(products, scale));
+        }
         let n = groups(bits).min(range.len());
         for g in range.step_by(n) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(dot16(w, x, g, n), scale));
@@ -70,12 +89,12 @@ const fn groups(bits: u32) -> usize {
     }
 }
 
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     const LANES: usize = 8;
     type V = __m256i;
     type F = __m256;
     type Signed = Signed;
-    /// Each scale twice, in the two 16-bit units of its lane.
+    /// With VNNI in 32 bits, without in both 16-bit units of its lane.
     type Scale = __m256i;
     /// 32-bit integers.
     type Sum = __m256i;
@@ -224,7 +243,10 @@ impl Simd for Avx2 {
             let mut dots = [_mm256_setzero_ps(); T];
             for t in 0..T {
                 let x = (&raw const (*x[t]).codes).cast();
-                dots[t] = _mm256_cvtepi32_ps(dot32(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()));
+                dots[t] = _mm256_cvtepi32_ps(match VNNI {
+                    true => dot_vnni(w, x, 0..8, _mm256_setzero_si256()),
+                    false => dot32::<false>(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()),
+                });
             }
             dots
         }
@@ -235,6 +257,10 @@ impl Simd for Avx2 {
         unsafe {
             let zero = _mm256_setzero_si256();
             let mut signed = Signed { magnitudes: [zero; 8], signs: [zero; 8], correction: zero };
+            if VNNI {
+                signed.magnitudes = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
+                return signed;
+            }
             for g in 0..8 {
                 signed.magnitudes[g] = _mm256_abs_epi8(w[g]);
                 signed.signs[g] = _mm256_cmpgt_epi8(zero, w[g]);
@@ -250,15 +276,26 @@ impl Simd for Avx2 {
     unsafe fn dot_signed<const T: usize>(w: &Signed, x: [*const Block; T]) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
+            let mut sums = [w.correction; T];
+            if VNNI {
+                for t in 0..T {
+                    let correction = _mm256_set1_epi32(-128 * (*x[t]).code_sum);
+                    sums[t] = dot_vnni(&w.magnitudes, (&raw const (*x[t]).codes).cast(), 0..8, correction);
+                }
+            } else {
+                // Rows of activations take turns: magnitudes and signs do not all fit the registers.
+                for g in 0..8 {
+                    let (magnitudes, signs) = (w.magnitudes[g], w.signs[g]);
+                    for t in 0..T {
+                        let x = _mm256_xor_si256(codes((&raw const (*x[t]).codes).cast(), g), signs);
+                        let products = _mm256_maddubs_epi16(magnitudes, x);
+                        sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+                    }
+                }
+            }
             let mut dots = [_mm256_setzero_ps(); T];
             for t in 0..T {
-                let x = (&raw const (*x[t]).codes).cast();
-                let mut sum = w.correction;
-                for g in 0..8 {
-                    let products = _mm256_maddubs_epi16(w.magnitudes[g], _mm256_xor_si256(codes(x, g), w.signs[g]));
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-                }
-                dots[t] = _mm256_cvtepi32_ps(sum);
+                dots[t] = _mm256_cvtepi32_ps(sums[t]);
             }
             dots
         }
@@ -268,6 +305,9 @@ impl Simd for Avx2 {
         // SAFETY: as the trait asks.
         unsafe {
             let v = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+            if VNNI {
+                return v;
+            }
             _mm256_blend_epi16(v, _mm256_slli_epi32(v, 16), 0xaa)
         }
     }
@@ -291,7 +331,7 @@ impl Simd for Avx2 {
     ) {
         for t in 0..T {
             // SAFETY: as the trait asks.
-            unsafe { sums[t] = dot32(bits, w, scale, x[t], 0..8, sums[t]) };
+            unsafe { sums[t] = dot32::<VNNI>(bits, w, scale, x[t], 0..8, sums[t]) };
         }
     }
     #[inline(always)]
@@ -305,8 +345,8 @@ impl Simd for Avx2 {
         for t in 0..T {
             // SAFETY: as the trait asks.
             unsafe {
-                let sum = dot32(bits, w, scales[0], x[t], 0..4, sums[t]);
-                sums[t] = dot32(bits, w, scales[1], x[t], 4..8, sum);
+                let sum = dot32::<VNNI>(bits, w, scales[0], x[t], 0..4, sums[t]);
+                sums[t] = dot32::<VNNI>(bits, w, scales[1], x[t], 4..8, sum);
             }
         }
     }
@@ -325,7 +365,10 @@ impl Simd for Avx2 {
             let mut sum = _mm256_setzero_si256();
             for i in 0..pairs.len() {
                 let x = _mm256_set1_epi32(x.cast::<i32>().add(i).read_unaligned());
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[i], x));
+                sum = match VNNI {
+                    true => _mm256_dpwssd_avx_epi32(sum, pairs[i], x),
+                    false => _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[i], x)),
+                };
             }
             _mm256_cvtepi32_ps(sum)
         }
