@@ -26,7 +26,7 @@ impl Ours {
         let (n_ctx, n_batch, threads) = (Some(n_ctx), Some(n_batch), Some(threads));
         // No GPU may be used.
         let wishes = Wishes { vram: vec![0; 16], n_ctx, n_batch, threads, ..Default::default() };
-        let plan = tandem::plan::plan(&model, &tandem::machine::here(None, false), &wishes)?;
+        let plan = tandem::plan::plan(&model, &tandem::machine::here(&Default::default()), &wishes)?;
         let isa = Isa::detect();
         let options = DeviceOptions { isa, cuda_libs: None, cubin_cache: None };
         let engine = Engine::load(model, plan, &options, &file, &|_| {}).context("tandem cannot load the model")?;
