@@ -103,7 +103,7 @@ fn main() {
     let roof = measured.read_gb_per_s * 1e9;
     let (numbers, names): (Vec<_>, Vec<_>) = args.iter().partition(|a| a.parse::<usize>().is_ok());
     let counts: Vec<usize> = numbers.iter().filter_map(|n| n.parse().ok()).collect();
-    let mut cases = vec![(1, 0), (1, 4096), (1, 16384), (2, 0), (4, 0), (8, 0), (16, 0)];
+    let mut cases = vec![(1, 0), (1, 4096), (1, 16384), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0)];
     cases.retain(|(n, _)| counts.is_empty() || counts.contains(n));
     for name in names {
         let (model, quant) = name.split_once(':').unwrap_or((name, "Q4_K_M"));
@@ -113,8 +113,8 @@ fn main() {
         };
         let made = shapes::model(released, if quant == "Q8_0" { Mix::All(TensorType::Q8_0) } else { Mix::Q4KM });
         let source = Noise::new(shapes::tensors(&made));
-        let n_slots = 16;
-        let options = Options { n_slots, n_ctx: 16640, n_batch: 16, kv: KvDtype::Bf16 };
+        let n_slots = 32;
+        let options = Options { n_slots, n_ctx: 16640, n_batch: n_slots, kv: KvDtype::Bf16 };
         let start = Instant::now();
         let compiler = Compiler::new(libs.as_deref(), None).expect("NVRTC");
         let programs = tandem_cuda::programs(&made.blocks, &options, device.n_sms()).expect("supported shapes");
@@ -179,15 +179,18 @@ fn main() {
         let (left, _) = device.memory().expect("an open GPU");
         let driver = free as i64 - left as i64 - (backend.weight_bytes() + state.bytes()) as i64;
         println!("  the driver took {:.1} MiB beside that", driver as f64 / (1 << 20) as f64);
-        for (kind, n, us) in backend.time_kinds(&mut state, 20).unwrap_or_else(|e| panic!("{e}")) {
-            let of_kind: Vec<_> = made.blocks.iter().filter(|b| b.kind() == kind).cloned().collect();
-            let bytes = bytes_per_token(&of_kind);
-            println!(
-                "  {kind:10} {n:3} blocks {us:8.1} us, {:6.2} us each, {:6.1} MB, {:4.1} %",
-                us / n as f64,
-                bytes as f64 / 1e6,
-                100.0 * bytes as f64 / roof / (us * 1e-6)
-            );
+        for n_sequences in [1, 16].into_iter().filter(|n| cases.iter().any(|c| c.0 == *n)) {
+            let times = backend.time_kinds(&mut state, n_sequences, 20).unwrap_or_else(|e| panic!("{e}"));
+            for (kind, n, us) in times {
+                let of_kind: Vec<_> = made.blocks.iter().filter(|b| b.kind() == kind).cloned().collect();
+                let bytes = bytes_per_token(&of_kind);
+                println!(
+                    "  {n_sequences:2} sequences {kind:10} {n:3} blocks {us:8.1} us, {:6.2} us each, {:6.1} MB, {:4.1} %",
+                    us / n as f64,
+                    bytes as f64 / 1e6,
+                    100.0 * bytes as f64 / roof / (us * 1e-6)
+                );
+            }
         }
         let mut least = [f64::INFINITY; 5];
         for _ in 0..3 {

@@ -41,6 +41,7 @@ struct AttentionArgs {
     float* out;            // [n_tokens, N_HEADS, D], or null
     i8* codes;             // [n_tokens, N_HEADS * D], or null
     Q8Head* heads;         // [n_tokens, N_HEADS * D / 32]
+    u16* halves;           // [n_tokens, N_HEADS * D] 16-bit, or null
     u64 n_ctx;
     float magnitude;       // of cos and sin
     float eps;
@@ -267,5 +268,6 @@ KERNEL attention_combine(const AttentionArgs a) {
     if (GATED && i < D) y *= sigmoid(a.q[(t * N_HEADS + head) * Q_STRIDE + D + i]);
     const u64 at = t * N_HEADS * D + head * D + i;
     if (a.out && i < D) a.out[at] = y;
+    if (a.halves && i < D) a.halves[at] = to_half<HALF_IS_F16>(y);
     if (a.codes) quantise_unit(y, a.codes + t * N_HEADS * D, a.heads + t * (N_HEADS * D / 32), head * D + i);
 }

@@ -27,6 +27,7 @@ struct AttentionArgs {
     out: Ptr,
     codes: Ptr,
     heads: Ptr,
+    halves: Ptr,
     n_ctx: u64,
     magnitude: f32,
     eps: f32,
@@ -108,8 +109,8 @@ impl AttentionOp {
         let q = step.projected;
         let k = q.offset(n * b.attn_q.weight.n_rows * 4);
         let v = k.offset(n * b.attn_k.weight.n_rows * 4);
-        self.input.launch(device, &step.hidden, &[q, k, v], n, false)?;
-        let as_codes = b.attn_output.weight.ty.is_quantised() && self.quantise.is_none();
+        self.input.launch(step, &step.hidden, &[q, k, v], n, false)?;
+        let quantised = b.attn_output.weight.ty.is_quantised() && self.quantise.is_none();
         let only = |wanted: bool, p: Ptr| if wanted { p } else { Ptr::NULL };
         let args = AttentionArgs {
             rows: step.rows,
@@ -122,9 +123,10 @@ impl AttentionOp {
             keys: step.state[0],
             values: step.state[1],
             parts: step.parts,
-            out: only(!as_codes, step.mixed.x),
-            codes: only(as_codes, step.mixed.codes),
+            out: only(!quantised, step.mixed.x),
+            codes: only(quantised && n == 1, step.mixed.codes),
             heads: step.mixed.heads,
+            halves: only(quantised && n > 1, step.mixed.halves),
             n_ctx: step.n_ctx as u64,
             magnitude: self.magnitude,
             eps: s.rms_eps,
@@ -139,9 +141,8 @@ impl AttentionOp {
                 let part = AttentionArgs {
                     rows: args.rows.offset(first * size_of::<Row>()),
                     q: args.q.offset(first * b.attn_q.weight.n_rows * 4),
-                    out: only(!as_codes, step.mixed.x.offset(out * 4)),
-                    codes: only(as_codes, step.mixed.codes.offset(out)),
-                    heads: step.mixed.heads.offset(out / 32 * 8),
+                    out: only(!quantised, step.mixed.x.offset(out * 4)),
+                    halves: only(quantised && n > 1, step.mixed.halves.offset(out * 2)),
                     ..args
                 };
                 let blocks = s.n_kv_heads * blocks_per_kv(s);
@@ -153,6 +154,6 @@ impl AttentionOp {
         if let Some(quantise) = &self.quantise {
             quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
         }
-        self.output.launch(device, &step.mixed, &[step.x], n, true)
+        self.output.launch(step, &step.mixed, &[step.x], n, true)
     }
 }

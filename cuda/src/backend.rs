@@ -442,6 +442,7 @@ impl Backend {
         let arena = Arena::new(&self.device, "states and buffers", self.layout.bytes(), self.planned)?;
         arena.fill(self.layout.routed[1], 0)?;
         arena.fill(self.layout.done, 0)?;
+        arena.fill(self.layout.sums[1], 0)?;
         for range in self.layout.sampled.zeroed() {
             arena.fill(range, 0)?;
         }
@@ -849,12 +850,17 @@ impl Backend {
         Ok(clock[1] as f64 * 1e-9)
     }
 
-    /// Device time in microseconds, and number, of the blocks of each kind in a decode step of one sequence: a graph of
-    /// just these blocks, launched `n` times. For benches; the state's contents are lost.
+    /// Device time in microseconds, and number, of the blocks of each kind in a decode step of `n_sequences` like the last
+    /// ones: a graph of just these blocks, launched `n` times. For benches; the state's contents are lost.
     ///
     /// # Errors
     /// What the driver says.
-    pub fn time_kinds(&self, state: &mut State, n: usize) -> Result<Vec<(&'static str, usize, f64)>, Error> {
+    pub fn time_kinds(
+        &self,
+        state: &mut State,
+        n_sequences: usize,
+        n: usize,
+    ) -> Result<Vec<(&'static str, usize, f64)>, Error> {
         self.device.bind()?;
         state.held.clear();
         let mut times: Vec<(&'static str, usize, f64)> = Vec::new();
@@ -867,7 +873,7 @@ impl Backend {
         for time in &mut times {
             let graph = Graph::capture(&self.device, || {
                 let mut step = self.step(state);
-                (step.n_tokens, step.n_runs, step.n_wanted) = (1, 1, 1);
+                (step.n_tokens, step.n_runs, step.n_wanted) = (n_sequences, n_sequences, n_sequences);
                 for (i, op) in self.ops.iter().enumerate().filter(|(_, op)| op.kind() == time.0) {
                     step.state = self.state_of(state, i);
                     op.launch(&step)?;

@@ -35,6 +35,38 @@ DEVICE u16 float_to_bf16(float f) {
     return (u16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+#if __CUDA_ARCH__ >= 800
+#define HALF_IS_F16 false
+#else
+// Without bf16 instructions every 16-bit operand is an f16.
+#define HALF_IS_F16 true
+#endif
+
+template <bool AS_F16> DEVICE float half_to_f32(u16 h) { return AS_F16 ? half_to_float(h) : bf16_to_float(h); }
+
+// Two floats as a pair of 16-bit numbers, `a` in the low half, rounded to nearest even.
+template <bool AS_F16> DEVICE u32 pack2(float a, float b) {
+    u32 r;
+#if __CUDA_ARCH__ >= 800
+    if (AS_F16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+#else
+    u16 lo, hi;
+    if (AS_F16) {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(lo) : "f"(a));
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(hi) : "f"(b));
+    } else {
+        u32 x = __float_as_uint(a), y = __float_as_uint(b);
+        lo = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+        hi = (y + 0x7fff + ((y >> 16) & 1)) >> 16;
+    }
+    r = (u32)hi << 16 | lo;
+#endif
+    return r;
+}
+
+template <bool AS_F16> DEVICE u16 to_half(float a) { return (u16)pack2<AS_F16>(a, 0.0f); }
+
 // Launches of a step overlap where the chip can: a kernel lets the next one start, and that one waits here before it
 // touches anything but weights. Kernels without these calls run one after the other.
 DEVICE void let_next_start() {

@@ -1,5 +1,5 @@
 // The gated delta rule, token after token: causal convolution, SiLU, L2 norms, gates, state update, gated norm and
-// the int8 form of the result in one kernel. The state (S x S floats a head) is read and written once per launch and
+// the form of the result that the output product takes in one kernel. The state (S x S floats a head) is read and written once per launch and
 // kept in registers in between. One block per V head and sequence; four lanes share a row (value index) of the state.
 // Refuses heads wider than 128.
 // Set by the compiler: S, N_K_HEADS, N_V_HEADS, TAPS, TILED (V head n uses K head n % N_K_HEADS, else n / R).
@@ -29,6 +29,7 @@ struct DeltaArgs {
     float* out;            // [n_tokens, N_VALUE], or null
     i8* codes;             // [n_tokens, N_VALUE], or null
     Q8Head* heads;         // [n_tokens, N_VALUE / 32]
+    u16* halves;           // [n_tokens, N_VALUE] 16-bit, or null
     float eps;
     u32 pad;
 };
@@ -148,6 +149,7 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
             const u64 at = token * N_VALUE + n * S + tid;
             const float y = tid < S ? oi * rsqrtf(sum / (float)S + a.eps) * norm * silu(z) : 0.0f;
             if (a.out && tid < S) a.out[at] = y;
+            if (a.halves && tid < S) a.halves[at] = to_half<HALF_IS_F16>(y);
             if (a.codes) quantise_unit(y, a.codes + token * N_VALUE, a.heads + token * (N_VALUE / 32), n * S + tid);
         }
         __syncthreads();

@@ -25,6 +25,7 @@ struct DeltaArgs {
     out: Ptr,
     codes: Ptr,
     heads: Ptr,
+    halves: Ptr,
     eps: f32,
     pad: u32,
 }
@@ -80,8 +81,8 @@ impl DeltaNetOp {
         let z = u.offset(n * s.n_channels() * 4);
         let beta = z.offset(n * s.n_value() * 4);
         let alpha = beta.offset(n * s.n_v_heads * 4);
-        self.input.launch(device, &step.hidden, &[u, z, beta, alpha], n, false)?;
-        let as_codes = b.ssm_out.weight.ty.is_quantised() && self.quantise.is_none();
+        self.input.launch(step, &step.hidden, &[u, z, beta, alpha], n, false)?;
+        let quantised = b.ssm_out.weight.ty.is_quantised() && self.quantise.is_none();
         let only = |wanted: bool, p: Ptr| if wanted { p } else { Ptr::NULL };
         let args = DeltaArgs {
             sequences: step.runs,
@@ -95,9 +96,10 @@ impl DeltaNetOp {
             norm: b.ssm_norm.ptr,
             ring: step.state[0],
             state: step.state[1],
-            out: only(!as_codes, step.mixed.x),
-            codes: only(as_codes, step.mixed.codes),
+            out: only(!quantised, step.mixed.x),
+            codes: only(quantised && n == 1, step.mixed.codes),
             heads: step.mixed.heads,
+            halves: only(quantised && n > 1, step.mixed.halves),
             eps: s.rms_eps,
             pad: 0,
         };
@@ -112,6 +114,6 @@ impl DeltaNetOp {
         if let Some(quantise) = &self.quantise {
             quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
         }
-        self.output.launch(device, &step.mixed, &[step.x], n, true)
+        self.output.launch(step, &step.mixed, &[step.x], n, true)
     }
 }

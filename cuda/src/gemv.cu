@@ -16,7 +16,7 @@ struct Segment {
     u32 n_rows;
     u32 first_block;      // of the grid
     u32 add;              // out += instead of out =
-    u32 pad;
+    u32 kind;             // not used here
 };
 
 struct GemvArgs {

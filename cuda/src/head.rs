@@ -167,7 +167,7 @@ impl HeadOp {
     pub fn launch(&self, step: &Step, first: usize, n: usize) -> Result<(), Error> {
         let gather = step.wanted.offset(first * 4);
         self.norm.launch(step.device, step.x, gather, &step.hidden, n)?;
-        self.output.launch(step.device, &step.hidden, &[step.logits], n, false)
+        self.output.launch(step, &step.hidden, &[step.logits], n, false)
     }
 
     /// The next token of every row: to `chosen`, and into rows and runs, one position on.

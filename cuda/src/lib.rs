@@ -16,6 +16,7 @@ pub mod upload;
 mod attention;
 mod delta_net;
 mod dense;
+mod few;
 mod ffn;
 mod gemv;
 pub mod handoff;

@@ -1,4 +1,4 @@
-// Matrix instructions, 16-bit packing and asynchronous copies behind one set of names, with the
+// Matrix instructions and asynchronous copies behind one set of names, with the
 // older instruction where a chip lacks the newer one. Holds no model shape and no tensor type.
 #pragma once
 
@@ -6,39 +6,7 @@
 
 #define DEVICE_METHOD __device__ __forceinline__
 
-#if __CUDA_ARCH__ >= 800
-#define HALF_IS_F16 false
-#else
-// Without bf16 instructions every 16-bit operand is an f16.
-#define HALF_IS_F16 true
-#endif
-
 DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-template <bool AS_F16> DEVICE float half_to_f32(u16 h) { return AS_F16 ? half_to_float(h) : bf16_to_float(h); }
-
-// Two floats as a pair of 16-bit numbers, `a` in the low half, rounded to nearest even.
-template <bool AS_F16> DEVICE u32 pack2(float a, float b) {
-    u32 r;
-#if __CUDA_ARCH__ >= 800
-    if (AS_F16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-#else
-    u16 lo, hi;
-    if (AS_F16) {
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(lo) : "f"(a));
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(hi) : "f"(b));
-    } else {
-        u32 x = __float_as_uint(a), y = __float_as_uint(b);
-        lo = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
-        hi = (y + 0x7fff + ((y >> 16) & 1)) >> 16;
-    }
-    r = (u32)hi << 16 | lo;
-#endif
-    return r;
-}
-
-template <bool AS_F16> DEVICE u16 to_half(float a) { return (u16)pack2<AS_F16>(a, 0.0f); }
 
 // d += a b with a [16 x 16] and b [16 x 8] of f16 or bf16, fragments as mma.m16n8k16 lays them out.
 template <bool AS_F16> DEVICE void mma_16816(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -113,7 +113,7 @@ impl MoeOp {
         let mut users = vec![&block.ffn_gate_exps, &block.ffn_up_exps];
         users.extend(shared.iter().flat_map(|s| &s[..2]));
         Ok(Self {
-            norm: Norm::new(linker, &block.ffn_norm, s.rms_eps, &users)?.with_floats(),
+            norm: Norm::new(linker, &block.ffn_norm, s.rms_eps, &users)?.with_floats().with_codes(),
             route: linker.function(program.clone(), "moe_route", 0)?,
             gate_up: linker.function(program.clone(), "moe_gate_up", 0)?,
             down: linker.function(program, "moe_down", 0)?,

@@ -10,11 +10,12 @@ struct Row {
 
 struct NormArgs {
     const float* x;       // [.., N]
-    const float* weight;  // [N], or null: quantise only
+    const float* weight;  // [N], or null: other forms only
     const u32* gather;    // row of x for each row, or null
     float* out;           // [n_rows, N], or null
     i8* codes;            // [n_rows, N], or null
     Q8Head* heads;        // [n_rows, N / 32]
+    u16* halves;          // [n_rows, N] 16-bit, or null
     float eps;
     u32 pad;
 };
@@ -55,6 +56,8 @@ KERNEL __launch_bounds__(THREADS) norm_rows(const NormArgs a) {
         // Lanes beyond the row take part in the exchange of the others' units, and write nothing.
         if (i / WARP * WARP >= N / 4) break;
         if (a.out && i < N / 4) reinterpret_cast<float4*>(a.out + row * N)[i] = y;
+        if (a.halves && i < N / 4)
+            reinterpret_cast<uint2*>(a.halves + row * N)[i] = make_uint2(pack2<HALF_IS_F16>(y.x, y.y), pack2<HALF_IS_F16>(y.z, y.w));
         if (a.codes) quantise_four(y, a.codes + row * N, a.heads + row * (N / 32), 4 * (u64)i, i < N / 4);
     }
 #else

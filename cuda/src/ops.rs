@@ -89,12 +89,14 @@ pub struct Run {
     pub n_tokens: u32,
 }
 
-/// Activations `[n_tokens, n]` as floats, and as int8 codes with heads of 8 bytes per 32.
+/// Activations `[n_tokens, n]` as floats, as int8 codes with heads of 8 bytes per 32 (one token, and experts), and as 16-bit
+/// numbers (several tokens): bf16, or f16 on chips without it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Input {
     pub x: Ptr,
     pub codes: Ptr,
     pub heads: Ptr,
+    pub halves: Ptr,
 }
 
 /// Ranges of an [`Input`] of `n` elements.
@@ -103,15 +105,17 @@ pub(crate) struct InputRanges {
     x: Range,
     codes: Range,
     heads: Range,
+    halves: Range,
 }
 
 impl InputRanges {
     fn new(ranges: &mut Ranges, n: usize) -> Self {
-        Self { x: ranges.take(4 * n), codes: ranges.take(n), heads: ranges.take(n.div_ceil(32) * 8) }
+        let heads = n.div_ceil(32) * 8;
+        Self { x: ranges.take(4 * n), codes: ranges.take(n), heads: ranges.take(heads), halves: ranges.take(2 * n) }
     }
 
     fn at(&self, base: impl Fn(Range) -> Ptr) -> Input {
-        Input { x: base(self.x), codes: base(self.codes), heads: base(self.heads) }
+        Input { x: base(self.x), codes: base(self.codes), heads: base(self.heads), halves: base(self.halves) }
     }
 }
 
@@ -134,6 +138,8 @@ pub struct StateLayout {
     pub(crate) projected: Range,
     pub(crate) mixed: InputRanges,
     pub(crate) parts: Range,
+    /// For [`crate::few::Few`]: sums of blocks that share tiles, and counters.
+    pub(crate) sums: [Range; 2],
     pub(crate) scratch: Range,
     pub(crate) tables: Range,
     pub(crate) routed: [Range; 5],
@@ -223,6 +229,8 @@ impl StateLayout {
         let projected = ranges.take(n_batch * projected * 4);
         let mixed = InputRanges::new(&mut ranges, n_batch * mixed);
         let parts = ranges.take(parts * 4);
+        let [sums, counters] = crate::few::sum_bytes(blocks, n_batch, n_sms);
+        let sums = ranges.take(sums);
         let needed = [blocks, streamed].map(|b| crate::prompt::scratch_bytes(b, n_batch, n_batch.min(n_slots)));
         let needed = needed[0].max(needed[1]);
         let scratch = Range { offset, bytes: needed };
@@ -237,6 +245,7 @@ impl StateLayout {
             projected,
             mixed,
             parts,
+            sums: [sums, ranges.take(counters)],
             scratch,
             tables: ranges.take(crate::prompt::table_bytes(blocks, n_batch, n_batch.min(n_slots))),
             routed: [
@@ -285,6 +294,8 @@ pub(crate) struct Step<'a> {
     pub projected: Ptr,
     pub mixed: Input,
     pub parts: Ptr,
+    /// For [`crate::few::Few`]; the counters are zero between kernels.
+    pub sums: [Ptr; 2],
     /// Logits, counters, ids, weights and slots of the chosen experts.
     pub routed: [Ptr; 5],
     /// Counters of finished units, zero between kernels.
@@ -313,6 +324,7 @@ impl<'a> Step<'a> {
             projected: base(layout.projected),
             mixed: layout.mixed.at(&base),
             parts: base(layout.parts),
+            sums: layout.sums.map(&base),
             routed: layout.routed.map(&base),
             done: base(layout.done),
             logits: base(layout.logits),
@@ -361,6 +373,7 @@ struct NormArgs {
     out: Ptr,
     codes: Ptr,
     heads: Ptr,
+    halves: Ptr,
     eps: f32,
     pad: u32,
 }
@@ -392,14 +405,15 @@ fn norm_threads(n: usize) -> usize {
     elements.next_multiple_of(32).min(1024)
 }
 
-/// RMS norm of rows, or only their int8 form.
+/// RMS norm of rows, or only the form that quantised matrices take.
 pub(crate) struct Norm {
     n: usize,
     weight: Ptr,
     eps: f32,
     /// Which forms the matrices that follow take.
     floats: bool,
-    codes: bool,
+    quantised: bool,
+    always_codes: bool,
     function: Function,
 }
 
@@ -417,7 +431,8 @@ impl Norm {
             weight: weight.ptr,
             eps,
             floats: !quantised.clone().all(|q| q),
-            codes: quantised.any(|q| q),
+            quantised: quantised.any(|q| q),
+            always_codes: false,
             function: linker.function(norm_program(weight.n_cols), "norm_rows", 0)?,
         })
     }
@@ -425,12 +440,18 @@ impl Norm {
     /// Quantises rows of `n`.
     pub fn quantiser(linker: &mut Linker, n: usize) -> Result<Self, Error> {
         let function = linker.function(norm_program(n), "norm_rows", 0)?;
-        Ok(Self { n, weight: Ptr::NULL, eps: 0.0, floats: false, codes: true, function })
+        Ok(Self { n, weight: Ptr::NULL, eps: 0.0, floats: false, quantised: true, always_codes: false, function })
     }
 
     /// Also as floats, whatever the users are.
     pub fn with_floats(mut self) -> Self {
         self.floats = true;
+        self
+    }
+
+    /// As codes for any number of tokens: for kernels that take no 16-bit numbers.
+    pub fn with_codes(mut self) -> Self {
+        self.always_codes = true;
         self
     }
 
@@ -442,8 +463,9 @@ impl Norm {
             weight: self.weight,
             gather,
             out: only(self.floats, out.x),
-            codes: only(self.codes, out.codes),
+            codes: only(self.quantised && (n_rows == 1 || self.always_codes), out.codes),
             heads: out.heads,
+            halves: only(self.quantised && n_rows > 1, out.halves),
             eps: self.eps,
             pad: 0,
         };

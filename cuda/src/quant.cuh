@@ -61,7 +61,8 @@ DEVICE float high_half(u32 v) { return half_to_float((u16)(v >> 16)); }
 template <typename T> DEVICE T weights_at(const u8* p) { return load_weights(reinterpret_cast<const T*>(p)); }
 
 // Per type: what one lane loads for one unit (`Raw`), the loads (`load`), and the expansion (`expand`).
-// TWO: the halves of a unit have scales of their own. MIN: there are minima. n: blocks of the tensor.
+// TWO: the halves of a unit have scales of their own. MIN: there are minima. SIGNED: codes are signed bytes. n: blocks of the
+// tensor.
 template <int TY> struct Quant;
 
 #define NIBBLE_IQ4 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u
@@ -69,7 +70,7 @@ template <int TY> struct Quant;
 
 template <> struct Quant<Q4_0> {
     static constexpr int OFFSET = 8, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = false;
+    static constexpr bool TWO = false, MIN = false, SIGNED = false;
     struct Raw { uint4 c; u16 d; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), __ldg(&as_u16(p + n * 16 + u * 2))};
@@ -79,12 +80,13 @@ template <> struct Quant<Q4_0> {
 
 template <> struct Quant<IQ4_NL> : Quant<Q4_0> {
     static constexpr int OFFSET = 0;
+    static constexpr bool SIGNED = true;
     DEVICE void expand(const Raw& r, u64, Unit& o) { look_up(r.c, NIBBLE_IQ4, o.q); o.s0 = half_to_float(r.d); }
 };
 
 template <> struct Quant<MXFP4> {
     static constexpr int OFFSET = 0, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = false;
+    static constexpr bool TWO = false, MIN = false, SIGNED = true;
     struct Raw { uint4 c; u8 e; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) { return {weights_at<uint4>(p + u * 16), __ldg(p + n * 16 + u)}; }
     DEVICE void expand(const Raw& r, u64, Unit& o) {
@@ -96,7 +98,7 @@ template <> struct Quant<MXFP4> {
 
 template <> struct Quant<Q4_1> {
     static constexpr int OFFSET = 0, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = true;
+    static constexpr bool TWO = false, MIN = true, SIGNED = false;
     struct Raw { uint4 c; u32 dm; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<u32>(p + n * 16 + u * 4)};
@@ -110,7 +112,7 @@ template <> struct Quant<Q4_1> {
 
 template <> struct Quant<Q5_0> {
     static constexpr int OFFSET = 16, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = false;
+    static constexpr bool TWO = false, MIN = false, SIGNED = false;
     struct Raw { uint4 c; u32 h; u16 d; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<u32>(p + n * 16 + u * 4), __ldg(&as_u16(p + n * 20 + u * 2))};
@@ -124,7 +126,7 @@ template <> struct Quant<Q5_0> {
 
 template <> struct Quant<Q5_1> {
     static constexpr int OFFSET = 0, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = true;
+    static constexpr bool TWO = false, MIN = true, SIGNED = false;
     struct Raw { uint4 c; u32 h, dm; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<u32>(p + n * 16 + u * 4), weights_at<u32>(p + n * 20 + u * 4)};
@@ -139,7 +141,7 @@ template <> struct Quant<Q5_1> {
 
 template <> struct Quant<Q8_0> {
     static constexpr int OFFSET = 0, BLOCK = 32;
-    static constexpr bool TWO = false, MIN = false;
+    static constexpr bool TWO = false, MIN = false, SIGNED = true;
     struct Raw { uint4 a, b; u16 d; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<uint4>(p + (n + u) * 16), __ldg(&as_u16(p + n * 32 + u * 2))};
@@ -153,7 +155,7 @@ template <> struct Quant<Q8_0> {
 
 template <> struct Quant<Q2_K> {
     static constexpr int OFFSET = 0, BLOCK = 256;
-    static constexpr bool TWO = true, MIN = true;
+    static constexpr bool TWO = true, MIN = true, SIGNED = false;
     struct Raw { uint2 c; u32 dm; u16 s; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint2>(p + u * 8), weights_at<u32>(p + n * 80 + u / 8 * 4), __ldg(&as_u16(p + n * 64 + u * 2))};
@@ -170,7 +172,7 @@ template <> struct Quant<Q2_K> {
 
 template <> struct Quant<Q3_K> {
     static constexpr int OFFSET = 4, BLOCK = 256;
-    static constexpr bool TWO = true, MIN = false;
+    static constexpr bool TWO = true, MIN = false, SIGNED = false;
     struct Raw { uint2 c; u32 h, s; u16 d; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         const u8* scales = p + n * 96 + u / 8 * 12;
@@ -197,7 +199,7 @@ DEVICE void scale_min(uint4 h, int k, Unit& o) {
 
 template <> struct Quant<Q4_K> {
     static constexpr int OFFSET = 0, BLOCK = 256;
-    static constexpr bool TWO = false, MIN = true;
+    static constexpr bool TWO = false, MIN = true, SIGNED = false;
     struct Raw { uint4 c, h; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<uint4>(p + n * 128 + u / 8 * 16)};
@@ -210,7 +212,7 @@ template <> struct Quant<Q4_K> {
 
 template <> struct Quant<Q5_K> {
     static constexpr int OFFSET = 0, BLOCK = 256;
-    static constexpr bool TWO = false, MIN = true;
+    static constexpr bool TWO = false, MIN = true, SIGNED = false;
     struct Raw { uint4 c, h; u32 b; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<uint4>(p + n * 160 + u / 8 * 16), weights_at<u32>(p + n * 128 + u * 4)};
@@ -224,7 +226,7 @@ template <> struct Quant<Q5_K> {
 
 template <> struct Quant<Q6_K> {
     static constexpr int OFFSET = 32, BLOCK = 256;
-    static constexpr bool TWO = true, MIN = false;
+    static constexpr bool TWO = true, MIN = false, SIGNED = false;
     struct Raw { uint4 c; uint2 h; u16 s, d; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<uint2>(p + n * 128 + u * 8), __ldg(&as_u16(p + n * 192 + u * 2)),
@@ -245,7 +247,7 @@ template <> struct Quant<Q6_K> {
 
 template <> struct Quant<IQ4_XS> {
     static constexpr int OFFSET = 0, BLOCK = 256;
-    static constexpr bool TWO = false, MIN = false;
+    static constexpr bool TWO = false, MIN = false, SIGNED = true;
     struct Raw { uint4 c; uint2 h; };
     DEVICE Raw load(const u8* p, u64 n, u64 u) {
         return {weights_at<uint4>(p + u * 16), weights_at<uint2>(p + n * 128 + u / 8 * 8)};

@@ -3,6 +3,21 @@
 #include "matrix.cuh"
 #include "quant.cuh"
 
+// Four weights s (code - offset) - m of type TY, in order. A code becomes the mantissa of 2^7 + code (signed bytes: of
+// 2^15 + 128 + code), whose offset goes into the constant term.
+template <int TY> DEVICE uint2 four_halves(u32 codes, float s, float m) {
+    typedef Quant<TY> Q;
+    constexpr u32 MAGIC = Q::SIGNED ? 0x47000000u : 0x43000000u;
+    constexpr float OFFSET = Q::SIGNED ? 32768.0f + 128.0f : 128.0f + Q::OFFSET;
+    const float c = -OFFSET * s - (Q::MIN ? m : 0.0f);
+    const u32 code = Q::SIGNED ? codes ^ 0x80808080u : codes;
+    float f[4];
+#pragma unroll
+    for (int b = 0; b < 4; b++)    // the code goes to byte 2 of MAGIC, or 1
+        f[b] = fmaf(__uint_as_float(__byte_perm(code, MAGIC, Q::SIGNED ? 0x7404 | b << 4 : 0x7044 | b << 8)), s, c);
+    return make_uint2(pack2<HALF_IS_F16>(f[0], f[1]), pack2<HALF_IS_F16>(f[2], f[3]));
+}
+
 // HalfUnit<type>: `load` takes a unit's bytes into registers, `decode` makes its 32 numbers of them, in order.
 template <int TY> struct HalfUnit {
     static constexpr bool IS_F16 = HALF_IS_F16;
@@ -10,30 +25,15 @@ template <int TY> struct HalfUnit {
 
     DEVICE Raw load(const u8* w, u64 n_blocks, u64 unit) { return Quant<TY>::load(w, n_blocks, unit); }
 
-    // A code becomes the mantissa of 2^7 + code (signed bytes: of 2^15 + 128 + code), whose offset goes into the
-    // constant term.
     DEVICE void decode(const Raw& raw, u64 unit, uint4 (&out)[4]) {
         typedef Quant<TY> Q;
-        constexpr bool SIGNED = TY == Q8_0 || TY == IQ4_NL || TY == IQ4_XS || TY == MXFP4;
-        constexpr u32 MAGIC = SIGNED ? 0x47000000u : 0x43000000u;
-        constexpr float OFFSET = SIGNED ? 32768.0f + 128.0f : 128.0f + Q::OFFSET;
         Unit u;
         Q::expand(raw, unit, u);
-        u32 words[16];
+        uint2 four[8];
 #pragma unroll
-        for (int w = 0; w < 8; w++) {
-            const bool second = Q::TWO && w >= 4;
-            const float s = second ? u.s1 : u.s0, c = -OFFSET * s - (Q::MIN ? (second ? u.m1 : u.m0) : 0.0f);
-            const u32 code = SIGNED ? u.q[w] ^ 0x80808080u : u.q[w];
-            float f[4];
+        for (int w = 0; w < 8; w++) four[w] = four_halves<TY>(u.q[w], Q::TWO && w >= 4 ? u.s1 : u.s0, Q::TWO && w >= 4 ? u.m1 : u.m0);
 #pragma unroll
-            for (int b = 0; b < 4; b++)    // the code goes to byte 2 of MAGIC, or 1
-                f[b] = fmaf(__uint_as_float(__byte_perm(code, MAGIC, SIGNED ? 0x7404 | b << 4 : 0x7044 | b << 8)), s, c);
-            words[2 * w] = pack2<IS_F16>(f[0], f[1]);
-            words[2 * w + 1] = pack2<IS_F16>(f[2], f[3]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+        for (int i = 0; i < 4; i++) out[i] = make_uint4(four[2 * i].x, four[2 * i].y, four[2 * i + 1].x, four[2 * i + 1].y);
     }
 };
 

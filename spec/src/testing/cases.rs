@@ -274,6 +274,7 @@ fn cases_ffn() -> Vec<Case> {
         Case::new("ffn odd f32", ffn(37, 41), &[F32], SEVERAL),
         Case::new("ffn odd f16", ffn(37, 41), &[F16], SEVERAL),
         Case::new("ffn odd rows", ffn(32, 96), &[Q4_0, Q8_0, Q5_1], PROMPT),
+        Case::new("ffn floats and codes", ffn(256, 96), &[F16, Q4_K, Q8_0], SEVERAL),
         Case::new("ffn K tails", ffn(256, 544), &[Q4_K, Q5_K, Q6_K], SEVERAL),
         Case::new("ffn awkward", ffn(256, 512), &[Q4_K, Q6_K, Q8_0], SEVERAL).awkward(),
         Case::new("ffn 0.8B", ffn(1024, 3584), &[Q4_K, Q4_K, Q6_K], PROMPT),
