@@ -109,6 +109,11 @@ DEVICE u32 load_weights(const u32* p) {
     return v;
 }
 
+// 16 bytes in one instruction: the compiler makes four of an assignment of a float4 that it has to put together.
+DEVICE void store_four(float* p, float x, float y, float z, float w) {
+    asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
 DEVICE float warp_sum(float v) {
 #pragma unroll
     for (int o = WARP / 2; o > 0; o >>= 1) v += __shfl_xor_sync(FULL, v, o);

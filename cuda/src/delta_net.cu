@@ -157,7 +157,7 @@ KERNEL __launch_bounds__(THREADS) delta_step(const DeltaArgs a) {
     if (row < S) {
 #pragma unroll
         for (int j = 0; j < KEYS; j += VECTOR ? 4 : 1) {
-            if constexpr (VECTOR) *reinterpret_cast<float4*>(state + key(part, j)) = make_float4(m[j], m[j + 1], m[j + 2], m[j + 3]);
+            if constexpr (VECTOR) store_four(state + key(part, j), m[j], m[j + 1], m[j + 2], m[j + 3]);
             else if (key(part, j) < S) state[key(part, j)] = m[j];
         }
     }
