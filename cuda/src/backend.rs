@@ -850,8 +850,8 @@ impl Backend {
         Ok(clock[1] as f64 * 1e-9)
     }
 
-    /// Device time in microseconds, and number, of the blocks of each kind in a decode step of `n_sequences` like the last
-    /// ones: a graph of just these blocks, launched `n` times. For benches; the state's contents are lost.
+    /// Device time in microseconds, and number, of the blocks of each kind in a decode step of `n_sequences` like the
+    /// last ones: a graph of just these blocks, launched `n` times. For benches; the state's contents are lost.
     ///
     /// # Errors
     /// What the driver says.

@@ -1,7 +1,7 @@
 // The gated delta rule, token after token: causal convolution, SiLU, L2 norms, gates, state update, gated norm and
-// the form of the result that the output product takes in one kernel. The state (S x S floats a head) is read and written once per launch and
-// kept in registers in between. One block per V head and sequence; four lanes share a row (value index) of the state.
-// Refuses heads wider than 128.
+// the form of the result that the output product takes in one kernel. The state (S x S floats a head) is read and
+// written once per launch and kept in registers in between. One block per V head and sequence; four lanes share a row
+// (value index) of the state. Refuses heads wider than 128.
 // Set by the compiler: S, N_K_HEADS, N_V_HEADS, TAPS, TILED (V head n uses K head n % N_K_HEADS, else n / R).
 #include "common.cuh"
 static_assert(S <= 128, "delta-net heads are at most 128 wide");

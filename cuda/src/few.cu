@@ -1,11 +1,12 @@
-// Y = W X^T for a few tokens (2 to TOKENS) on the tensor cores: the bytes of W are what it should cost, each read once. A warp
-// takes 16 rows of a tile of 128, 8 units of columns at a time: a lane's units go from memory to registers, become 16-bit
-// numbers there and are operands of the matrix unit as they lie, since the order of the columns inside a group of four units
-// is permuted alike for W and X. Activations come as 16-bit numbers, through shared memory. Blocks take equal shares of the
-// steps of all tiles, one after the other; where several share a tile, the last to finish adds their sums in order.
-// `few`: up to four matrices that share the input in one grid; `few_swiglu`: silu(gate) * up, as 16-bit for the next product.
-// Refuses float weights.
-// Set by the compiler: TOKENS (8, 16 or 32), PAIR (few_swiglu), TYPE0 to TYPE3 (the types that segments name; -1: none).
+// Y = W X^T for a few tokens (2 to TOKENS) on the tensor cores: the bytes of W are what it should cost, each read once.
+// A warp takes 16 rows of a tile of 128, 8 units of columns at a time: a lane's units go from memory to registers,
+// become 16-bit numbers there and are operands of the matrix unit as they lie, since the order of the columns inside a
+// group of four units is permuted alike for W and X. Activations come as 16-bit numbers, through shared memory. Blocks
+// take equal shares of the steps of all tiles, one after the other; where several share a tile, the last to finish adds
+// their sums in order. `few`: up to four matrices that share the input in one grid; `few_swiglu`: silu(gate) * up, as
+// 16-bit for the next product. Refuses float weights.
+// Set by the compiler: TOKENS (8, 16 or 32), PAIR (few_swiglu), TYPE0 to TYPE3 (the types that segments name; -1:
+// none).
 #include "unit.cuh"
 
 #define WARPS 8
@@ -59,8 +60,8 @@ struct Part {
 // Eight lanes that read a piece of two tokens and four units meet different banks.
 DEVICE int place(int token, int unit, int piece) { return (token * CHUNK + unit) * 4 + (piece ^ (unit & 3) ^ (token & 1)); }
 
-// Copies units [first, first + CHUNK) of all tokens to `to`, four pieces a thread; what is not there becomes zero, what lies
-// behind `end` is left.
+// Copies units [first, first + CHUNK) of all tokens to `to`, four pieces a thread; what is not there becomes zero, what
+// lies behind `end` is left.
 DEVICE void load_tokens(const FewArgs& a, uint4* to, int first, int end) {
     constexpr int TOKENS_APART = TOKENS / 4;
     static_assert(TOKENS * CHUNK == THREADS && TOKENS_APART % 2 == 0, "four pieces a thread, of tokens that are placed alike");
@@ -85,8 +86,8 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 }
 #endif
 
-// A unit as 16-bit numbers, four at a time. Where codes fit the mantissa of 128 + code, two at once: w = s (code - CENTRE) + c,
-// with a CENTRE that keeps c small, so that the rounding of s and c errs no more than that of the result.
+// A unit as 16-bit numbers, four at a time. Where codes fit the mantissa of 128 + code, two at once: w = s (code -
+// CENTRE) + c, with a CENTRE that keeps c small, so that the rounding of s and c errs no more than that of the result.
 template <int TY> struct Numbers {
     typedef Quant<TY> Q;
     static constexpr bool PACKED = !HALF_IS_F16 && !Q::SIGNED;
@@ -121,8 +122,8 @@ template <int TY> struct Numbers {
     }
 };
 
-// Products of a part of a tile with rows `row` and those of the other warps; true if the block is to write the sums, which
-// are then those of the whole tile.
+// Products of a part of a tile with rows `row` and those of the other warps; true if the block is to write the sums,
+// which are then those of the whole tile.
 template <int TY> DEVICE bool product(const FewArgs& a, Shared& sh, const Segment& s, const Part& part, const u32 (&row)[2], float (&acc)[NT][4]) {
     typedef Quant<TY> Q;
     const int lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4, n_steps = (a.n_units + STEP - 1) / STEP;

@@ -2,8 +2,8 @@
 //! input in one launch, or gate and up with SwiGLU. Owns how the work is shared among blocks and the memory that takes.
 //! Refuses float weights.
 //!
-//! Accuracy: activations and weights are rounded to bf16 (weights of codes up to 6 bits to within 1.5 times that), relative
-//! rms about 2e-3 per product; to f16 on chips without bf16.
+//! Accuracy: activations and weights are rounded to bf16 (weights of codes up to 6 bits to within 1.5 times that),
+//! relative rms about 2e-3 per product; to f16 on chips without bf16.
 
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
@@ -38,8 +38,8 @@ struct FewArgs {
 // SAFETY: mirrors FewArgs in few.cu, which compares sizes.
 unsafe impl Args for FewArgs {}
 
-/// Bytes of the sums of blocks that share tiles, and of the counters of finished steps of `blocks`' tiles, for batches of up
-/// to `n_batch` tokens on a GPU of `n_sms` multiprocessors.
+/// Bytes of the sums of blocks that share tiles, and of the counters of finished steps of `blocks`' tiles, for batches
+/// of up to `n_batch` tokens on a GPU of `n_sms` multiprocessors.
 pub(crate) fn sum_bytes(blocks: &[Block<Weight>], n_batch: usize, n_sms: usize) -> [usize; 2] {
     if n_batch < 2 {
         return [0, 0];
@@ -168,8 +168,8 @@ impl Few {
                 share: self.share.0 as u32,
             };
             place(&mut args, first);
-            // SAFETY: the weights are whole tensors of the stated types; inputs and outputs hold `n_tokens` rows; `sums` holds
-            // those of BLOCKS per multiprocessor; the counters start as zero and are left so.
+            // SAFETY: the weights are whole tensors of the stated types; inputs and outputs hold `n_tokens` rows;
+            // `sums` holds those of BLOCKS per multiprocessor; the counters start as zero and are left so.
             unsafe { self.functions[variant].launch_early(step.device, Launch::new(self.share.1, THREADS), &args)? };
         }
         Ok(())

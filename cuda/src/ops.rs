@@ -89,8 +89,8 @@ pub struct Run {
     pub n_tokens: u32,
 }
 
-/// Activations `[n_tokens, n]` as floats, as int8 codes with heads of 8 bytes per 32 (one token, and experts), and as 16-bit
-/// numbers (several tokens): bf16, or f16 on chips without it.
+/// Activations `[n_tokens, n]` as floats, as int8 codes with heads of 8 bytes per 32 (one token, and experts), and as
+/// 16-bit numbers (several tokens): bf16, or f16 on chips without it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Input {
     pub x: Ptr,

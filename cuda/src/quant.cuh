@@ -61,8 +61,8 @@ DEVICE float high_half(u32 v) { return half_to_float((u16)(v >> 16)); }
 template <typename T> DEVICE T weights_at(const u8* p) { return load_weights(reinterpret_cast<const T*>(p)); }
 
 // Per type: what one lane loads for one unit (`Raw`), the loads (`load`), and the expansion (`expand`).
-// TWO: the halves of a unit have scales of their own. MIN: there are minima. SIGNED: codes are signed bytes. n: blocks of the
-// tensor.
+// TWO: the halves of a unit have scales of their own. MIN: there are minima. SIGNED: codes are signed bytes. n: blocks
+// of the tensor.
 template <int TY> struct Quant;
 
 #define NIBBLE_IQ4 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u
