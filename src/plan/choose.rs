@@ -296,7 +296,7 @@ impl<'a> Problem<'a> {
         };
         batches.iter_mut().for_each(|n| *n = (*n).min(sizes.n_ctx));
         batches.dedup();
-        // The CUDA backend can stream shares of the host, but the engine does not ask it to yet: no plan may count on it.
+        // The CUDA backend can stream shares of the host; the engine does not ask it to yet, so no plan counts on it.
         let streams: &[bool] = &[false];
         let with = |n_batch: usize| {
             let n_logits = if self.wishes.all_logits { n_batch } else { sizes.n_logits };
