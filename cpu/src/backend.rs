@@ -284,7 +284,7 @@ impl Backend {
     ) -> Result<bool, Error> {
         let memory = handoff.memory();
         // SAFETY: the handoff vouches for its memory; workers touch it only between `wait` and `post`.
-        let x = Shared::new(unsafe { std::slice::from_raw_parts_mut(memory.x, memory.len) });
+        let x = unsafe { Shared::from_raw(memory.x, memory.len) };
         self.execute(tasks, batch, state, x, Some(handoff), logits)
     }
 
@@ -329,7 +329,7 @@ impl Backend {
         let share = handoff.map(|handoff| {
             let memory = handoff.memory();
             // SAFETY: as for `x` in `serve`.
-            let sum = Shared::new(unsafe { std::slice::from_raw_parts_mut(memory.sum, memory.len) });
+            let sum = unsafe { Shared::from_raw(memory.sum, memory.len) };
             // SAFETY: as above; the choices are read between `wait` and `post` only.
             let choices = unsafe { Choices::new(memory) };
             Step { sum: Some(sum.prefix(n_tokens * n_embd)), choices: Some(choices), ..whole }

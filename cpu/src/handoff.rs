@@ -34,8 +34,12 @@ pub struct Memory {
 pub const ELSEWHERE: u32 = 1 << 31;
 
 /// The other side of the tasks of a step.
-pub trait Handoff: Sync {
-    /// The shared memory, valid for the whole step.
+///
+/// # Safety
+/// [`Handoff::memory`] is the same for the whole step and valid until its end; between [`Handoff::wait`] and
+/// [`Handoff::post`] nobody but the workers touches it.
+pub unsafe trait Handoff: Sync {
+    /// The shared memory.
     fn memory(&self) -> Memory;
 
     /// Waits until the input of task number `task` is complete; `false`: it will not be. Called by one worker.
@@ -57,7 +61,7 @@ unsafe impl Sync for Choices<'_> {}
 
 impl Choices<'_> {
     /// # Safety
-    /// The memory is valid, and nobody writes it while this lives.
+    /// The memory is valid while this lives, and nobody writes it while it is read.
     pub unsafe fn new(memory: Memory) -> Self {
         Self { memory, lifetime: PhantomData }
     }

@@ -32,6 +32,14 @@ impl<'a> Shared<'a> {
         Self { ptr: memory.as_mut_ptr(), len: memory.len(), lifetime: PhantomData }
     }
 
+    /// `len` elements at `ptr`.
+    ///
+    /// # Safety
+    /// They are valid for `'a`, and nobody else touches them while one of the functions below gives them out.
+    pub unsafe fn from_raw(ptr: *mut f32, len: usize) -> Self {
+        Self { ptr, len, lifetime: PhantomData }
+    }
+
     /// The first `len` elements.
     pub fn prefix(self, len: usize) -> Self {
         assert!(len <= self.len, "{len} elements of {}", self.len);

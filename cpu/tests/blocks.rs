@@ -241,7 +241,8 @@ struct Desk {
 // SAFETY: the workers use the memory by turns, as they do in a step.
 unsafe impl Sync for Desk {}
 
-impl Handoff for Desk {
+// SAFETY: the memory is the test's own, which leaves it alone while the backend serves.
+unsafe impl Handoff for Desk {
     fn memory(&self) -> Memory {
         self.memory
     }

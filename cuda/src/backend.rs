@@ -9,7 +9,7 @@ use crate::delta_net::DeltaNetOp;
 use crate::device::Device;
 use crate::error::{During, Error};
 use crate::ffn::FfnOp;
-use crate::handoff::{Chosen, Handover, Mailbox};
+use crate::handoff::{Chosen, Handover, Mailbox, mailbox_size};
 use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
 use crate::layout::{self, ExpertSlot};
 use crate::moe::MoeOp;
@@ -452,7 +452,8 @@ impl Backend {
         let mailbox = match self.host_tasks.is_empty() {
             true => None,
             false => {
-                let (n, n_choices) = self.mailbox_size();
+                let blocks: Vec<_> = self.blocks.iter().map(|(block, _)| block.clone()).collect();
+                let (n, n_choices) = mailbox_size(&blocks, self.n_embd, self.options.n_batch);
                 Some(Arc::new(Mailbox::new(n, n_choices, arena.ptr(self.layout.handoff))?))
             }
         };
@@ -508,13 +509,6 @@ impl Backend {
         let delta_nets =
             self.blocks.iter().zip(&self.layout.blocks).filter(|((b, _), _)| matches!(b, Block::DeltaNet(_)));
         delta_nets.flat_map(|(_, ranges)| *ranges).map(|range| (range, range.bytes / self.options.n_slots))
-    }
-
-    /// Elements of the residual stream, and chosen experts, that workers are given at most.
-    fn mailbox_size(&self) -> (usize, usize) {
-        let n_used = |(b, _): &(Block<DeviceWeight>, _)| if let Block::Moe(b) = b { b.shape.n_used } else { 0 };
-        let n_used = self.blocks.iter().map(n_used).max().unwrap_or(0);
-        (self.options.n_batch * self.n_embd, self.options.n_batch * n_used)
     }
 
     fn step<'a>(&'a self, state: &State) -> Step<'a> {
@@ -618,7 +612,7 @@ impl Backend {
             let (given, started) = if task.gives { (n, Ptr::NULL) } else { (0, step.sampled.clock) };
             self.handover.give(step.device, mailbox, step.x, given, step.n_tokens, None, started)?;
             if task.takes {
-                self.handover.take(step.device, mailbox, step.x, n, false)?;
+                self.handover.take(step.device, mailbox, step.x, n, step.n_tokens, false)?;
             }
         }
         Ok(())
@@ -634,8 +628,9 @@ impl Backend {
         parts: Option<Parts>,
     ) -> Result<(), Error> {
         let n = step.n_tokens * self.n_embd;
-        let is_met = || self.host_tasks.iter().any(|t| t.at == i && t.is_share) && !self.is_streamed(i, step.n_tokens);
-        let mailbox = state.mailbox.as_ref().filter(|_| is_met());
+        let is_streamed = parts.is_some() && self.streamed_blocks.contains(&i);
+        let is_met = !is_streamed && self.host_tasks.iter().any(|t| t.at == i && t.is_share);
+        let mailbox = state.mailbox.as_ref().filter(|_| is_met);
         let give = |chosen: Option<Chosen>| match mailbox {
             Some(mailbox) => self.handover.give(step.device, mailbox, step.x, n, step.n_tokens, chosen, Ptr::NULL),
             None => Ok(()),
@@ -659,7 +654,7 @@ impl Backend {
                 op.launch(step)?;
             }
         }
-        mailbox.map_or(Ok(()), |mailbox| self.handover.take(step.device, mailbox, step.x, n, true))
+        mailbox.map_or(Ok(()), |mailbox| self.handover.take(step.device, mailbox, step.x, n, step.n_tokens, true))
     }
 
     /// After a step of both sides that one of them ended: both begin anew.

@@ -13,6 +13,7 @@ struct GiveArgs {
     float* weights_to;    // [n_choices], host
     u32* count;           // hand-overs so far
     u32* arrived;         // blocks that have finished; zero before and after
+    const u32* failed;    // not zero: the workers did not answer, and what they read is left alone
     u32* ready;           // host: as `count`, when everything is there
     u64* stamps;          // host: [n_stamps, 2] nanoseconds of giving and taking, by hand-over
     u64* started;         // nanoseconds at which the step began, or null where another kernel was first
@@ -27,6 +28,7 @@ struct TakeArgs {
     const u32* count;
     const u32* done;      // host: hand-overs that the workers have answered, or ABORTED
     u32* fault;           // host: set where the workers did not answer in time
+    u32* failed;          // the same, for the kernels that follow
     u64* stamps;
     u64 n;
     u64 bound_ns;
@@ -62,6 +64,7 @@ DEVICE float4 load_host(const float4* p) {
 KERNEL __launch_bounds__(256) give(const GiveArgs a) {
     let_next_start();
     wait_for_inputs();
+    if (*a.failed) return;
     if (a.started && blockIdx.x == 0 && threadIdx.x == 0) *a.started = now();
     const u64 step = (u64)gridDim.x * 256, first = (u64)blockIdx.x * 256 + threadIdx.x;
     for (u64 i = first; i < a.n / 4; i += step) reinterpret_cast<float4*>(a.to)[i] = reinterpret_cast<const float4*>(a.x)[i];
@@ -91,6 +94,7 @@ KERNEL __launch_bounds__(256) take(const TakeArgs a) {
     let_next_start();
     wait_for_inputs();
     const u32 count = *a.count;
+    if (*reinterpret_cast<volatile u32*>(a.failed)) return;
     if (threadIdx.x == 0) {
         const u64 start = now();
         u32 done = load_flag(a.done);
@@ -98,6 +102,7 @@ KERNEL __launch_bounds__(256) take(const TakeArgs a) {
         while (done == ABORTED || (int)(done - count) < 0) {
             if (done == ABORTED || now() - start > a.bound_ns) {
                 store_flag(a.fault, 1u);
+                *a.failed = 1;
                 answered = false;
                 break;
             }

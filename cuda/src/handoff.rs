@@ -8,10 +8,11 @@ use crate::compile::{Args, Function, Launch, Program};
 use crate::device::Device;
 use crate::error::Error;
 use crate::ops::Linker;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tandem_spec::Block;
 
-/// How long one side waits for the other before the step fails.
+/// How long one side waits for the other, for each token of the batch, before the step fails.
 const BOUND: Duration = Duration::from_secs(30);
 /// Value of the workers' flag that ends a step.
 const ABORTED: u32 = u32::MAX;
@@ -30,6 +31,7 @@ struct GiveArgs {
     weights_to: Ptr,
     count: Ptr,
     arrived: Ptr,
+    failed: Ptr,
     ready: Ptr,
     stamps: Ptr,
     started: Ptr,
@@ -50,6 +52,7 @@ struct TakeArgs {
     count: Ptr,
     done: Ptr,
     fault: Ptr,
+    failed: Ptr,
     stamps: Ptr,
     n: u64,
     bound_ns: u64,
@@ -111,6 +114,7 @@ impl Handover {
             weights_to: mailbox.weights(),
             count: mailbox.counters,
             arrived: mailbox.counters.offset(4),
+            failed: mailbox.counters.offset(8),
             ready: mailbox.flag(Flag::Ready),
             stamps: mailbox.stamps(),
             started,
@@ -130,9 +134,17 @@ impl Handover {
         unsafe { self.give.launch_early(device, Launch::new(blocks(n), 256), &args) }
     }
 
-    /// Waits for the workers' answer: adds it to `n` elements of `x` where it is a share (`add`), or takes it as the
-    /// residual stream.
-    pub fn take(&self, device: &Device, mailbox: &Mailbox, x: Ptr, n: usize, add: bool) -> Result<(), Error> {
+    /// Waits for the workers' answer for `n_tokens`: adds it to the `n` elements of `x` where it is a share (`add`), or takes
+    /// it as the residual stream.
+    pub fn take(
+        &self,
+        device: &Device,
+        mailbox: &Mailbox,
+        x: Ptr,
+        n: usize,
+        n_tokens: usize,
+        add: bool,
+    ) -> Result<(), Error> {
         assert!(n <= mailbox.n, "{n} elements from a mailbox of {}", mailbox.n);
         let args = TakeArgs {
             x,
@@ -140,15 +152,20 @@ impl Handover {
             count: mailbox.counters,
             done: mailbox.flag(Flag::Done),
             fault: mailbox.flag(Flag::Fault),
+            failed: mailbox.counters.offset(8),
             stamps: mailbox.stamps(),
             n: n as u64,
-            bound_ns: BOUND.as_nanos() as u64,
+            bound_ns: bound(n_tokens).as_nanos() as u64,
             add: u32::from(add),
             pad: 0,
         };
         // SAFETY: as in `give`.
         unsafe { self.take.launch_early(device, Launch::new(blocks(n), 256), &args) }
     }
+}
+
+fn bound(n_tokens: usize) -> Duration {
+    BOUND * n_tokens as u32
 }
 
 /// One block hands over a token without counting blocks; more share the copy of a batch.
@@ -177,7 +194,7 @@ pub struct Mailbox {
     /// Elements of the residual stream of the largest batch.
     n: usize,
     n_choices: usize,
-    /// On the device: hand-overs so far, blocks that have arrived.
+    /// On the device: hand-overs so far, blocks that have arrived, whether the step has failed.
     counters: Ptr,
     /// Hand-overs answered before the step at hand.
     base: AtomicU32,
@@ -188,13 +205,23 @@ pub struct Mailbox {
     epoch: Instant,
 }
 
-/// Bytes of pinned memory of a [`Mailbox`] for `n` elements of the residual stream and `n_choices` chosen experts.
-pub fn mailbox_bytes(n: usize, n_choices: usize) -> usize {
+/// Elements of the residual stream, and chosen experts, that the blocks of a GPU hand over at most in a batch of
+/// `n_batch` tokens of width `n_embd`. Both are whole cache lines.
+pub(crate) fn mailbox_size<W>(blocks: &[Block<W>], n_embd: usize, n_batch: usize) -> (usize, usize) {
+    let n_used = |block: &Block<W>| if let Block::Moe(b) = block { b.shape.n_used } else { 0 };
+    let n_used = blocks.iter().map(n_used).max().unwrap_or(0);
+    ((n_batch * n_embd).next_multiple_of(32), (n_batch * n_used).next_multiple_of(32))
+}
+
+/// Bytes of pinned memory of the [`Mailbox`] of a GPU that has `blocks`, for batches of `n_batch` tokens of width
+/// `n_embd`.
+pub fn mailbox_bytes<W>(blocks: &[Block<W>], n_embd: usize, n_batch: usize) -> usize {
+    let (n, n_choices) = mailbox_size(blocks, n_embd, n_batch);
     FLAG_BYTES + N_STAMPS * 16 + (2 * n + 2 * n_choices) * 4
 }
 
 /// Bytes of device memory that the counters take.
-pub(crate) const COUNTER_BYTES: usize = 8;
+pub(crate) const COUNTER_BYTES: usize = 12;
 
 impl Mailbox {
     /// Memory for batches of `n` elements of the residual stream and `n_choices` chosen experts; `counters` is device
@@ -203,7 +230,7 @@ impl Mailbox {
     /// # Errors
     /// No pinned memory.
     pub(crate) fn new(n: usize, n_choices: usize, counters: Ptr) -> Result<Self, Error> {
-        let bytes = mailbox_bytes(n, n_choices);
+        let bytes = FLAG_BYTES + N_STAMPS * 16 + (2 * n + 2 * n_choices) * 4;
         let memory = Pinned::new(bytes)?;
         // SAFETY: just allocated.
         unsafe { memory.as_ptr::<u8>().write_bytes(0, bytes) };
@@ -281,22 +308,25 @@ impl Mailbox {
         self.base.load(Ordering::Acquire)
     }
 
-    /// Waits until hand-over `i` of the step that began at `base` is complete; `false` where it does not come:
-    /// `is_alive` says now and then whether the GPU still works.
-    pub fn wait(&self, base: u32, i: usize, is_alive: &dyn Fn() -> bool) -> bool {
+    /// Waits until hand-over `i` of the step of `n_tokens` that began at `base` is complete; `false` where it does not
+    /// come: `is_alive` says now and then whether the GPU still works.
+    pub fn wait(&self, base: u32, i: usize, n_tokens: usize, is_alive: &dyn Fn() -> bool) -> bool {
         let wanted = base.wrapping_add(i as u32 + 1);
         let (start, mut spins) = (Instant::now(), 0u32);
         while (self.atomic(Flag::Ready).load(Ordering::Acquire).wrapping_sub(wanted) as i32) < 0 {
             std::hint::spin_loop();
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(1 << 16) {
-                if start.elapsed() > BOUND || self.is_abandoned.load(Ordering::Acquire) || !is_alive() {
+                let failed = self.is_abandoned.load(Ordering::Acquire)
+                    || self.atomic(Flag::Fault).load(Ordering::Acquire) != 0
+                    || start.elapsed() > bound(n_tokens)
+                    || !is_alive();
+                if failed {
                     return false;
                 }
                 std::thread::yield_now();
             }
         }
-        fence(Ordering::Acquire);
         self.stamp(wanted, 0);
         true
     }
@@ -318,8 +348,8 @@ impl Mailbox {
         self.atomic(Flag::Done).store(ABORTED, Ordering::Release);
     }
 
-    /// After a step of `n` hand-overs, the stream being idle: whether all were answered. If not, both sides begin anew;
-    /// the caller clears the counters.
+    /// After a step of `n` hand-overs, the stream being idle: whether the GPU gave them all and waited for no answer in
+    /// vain. If not, both sides begin anew; the caller clears the counters.
     pub(crate) fn finish(&self, n: usize) -> bool {
         let base = self.base.load(Ordering::Relaxed).wrapping_add(n as u32);
         let is_good = !self.is_abandoned.load(Ordering::Acquire)

@@ -47,24 +47,26 @@ pub struct Snapshot {
 struct Meeting<'a> {
     gpu: &'a tandem_cuda::Backend,
     mailbox: &'a tandem_cuda::Mailbox,
-    /// Where the step's hand-overs begin.
+    /// Where the step's hand-overs begin, and its tokens.
     base: u32,
+    n_tokens: usize,
 }
 
 impl<'a> Meeting<'a> {
-    fn new(gpu: &'a tandem_cuda::Backend, mailbox: &'a tandem_cuda::Mailbox) -> Self {
-        Self { gpu, mailbox, base: mailbox.begin() }
+    fn new(gpu: &'a tandem_cuda::Backend, mailbox: &'a tandem_cuda::Mailbox, n_tokens: usize) -> Self {
+        Self { gpu, mailbox, base: mailbox.begin(), n_tokens }
     }
 }
 
-impl Handoff for Meeting<'_> {
+// SAFETY: the mailbox lives as long as the meeting, and the GPU leaves it alone between `wait` and `post`.
+unsafe impl Handoff for Meeting<'_> {
     fn memory(&self) -> Memory {
         let (x, sum, len, ids, weights, n_choices) = self.mailbox.memory();
         Memory { x, sum, len, ids, weights, n_choices }
     }
 
     fn wait(&self, task: usize) -> bool {
-        self.mailbox.wait(self.base, task, &|| self.gpu.is_alive())
+        self.mailbox.wait(self.base, task, self.n_tokens, &|| self.gpu.is_alive())
     }
 
     fn post(&self, task: usize) {
@@ -254,7 +256,7 @@ impl Engine {
         let (Some(cpu), Some(mailbox)) = (&self.cpu, gpus[0].mailbox()) else { return Ok(()) };
         let gpu = &self.gpus[0].1;
         let abort = AbortOnDrop(mailbox);
-        match cpu.serve(tasks, batch, state, &Meeting::new(gpu, mailbox), logits) {
+        match cpu.serve(tasks, batch, state, &Meeting::new(gpu, mailbox, batch.tokens.len()), logits) {
             Ok(true) => std::mem::forget(abort),
             Ok(false) => {} // the GPU says so when it is waited for
             Err(error) => {
@@ -284,7 +286,7 @@ impl Engine {
         let has_head = tasks.last().is_some_and(|t| t.blocks.end == self.model.blocks.len()) && !backend.has_head();
         let (cpu_logits, gpu_logits) =
             if has_head { (&mut logits[..], &mut [][..]) } else { (&mut [][..], &mut logits[..]) };
-        let meeting = Meeting::new(backend, &mailbox);
+        let meeting = Meeting::new(backend, &mailbox, batch.tokens.len());
         let (queued, served) = std::thread::scope(|scope| {
             let workers = scope.spawn(|| {
                 let abort = AbortOnDrop(&mailbox);
@@ -294,18 +296,22 @@ impl Engine {
                 }
                 served
             });
+            let abort = AbortOnDrop(&mailbox);
             let queued = backend.run(&mut gpus[gpu], local.clone(), batch, x, gpu_logits);
-            if queued.is_err() {
-                mailbox.abort();
+            if queued.is_ok() {
+                std::mem::forget(abort);
             }
             (queued, workers.join())
         });
-        let served = served.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        if queued.is_err() || !matches!(served, Ok(true)) {
+        if queued.is_err() || !matches!(served, Ok(Ok(true))) {
             backend.recover(&gpus[gpu])?;
         }
-        served?;
-        Ok(queued?)
+        let served = served.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // Workers that gave up say nothing of why: the GPU's error does, if it has one.
+        if served.is_ok() {
+            queued?;
+        }
+        if served? { Ok(()) } else { Err(tandem_cuda::Error::NoAnswer.into()) }
     }
 
     /// Starts the step of the last token of `prefix` in `slot`, which has seen the others, and the choice of the next

@@ -246,11 +246,10 @@ pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &S
     entries(Device::Cpu, rows)
 }
 
-/// Pinned memory in which a GPU and the CPU workers meet.
-pub(super) fn mailbox_entry(model: &Model, gpu: Device, sizes: &Sizes) -> Entry {
-    let n_used = |block: &Block<Weight>| if let Block::Moe(b) = block { b.shape.n_used } else { 0 };
-    let n_choices = sizes.n_batch * model.blocks.iter().map(n_used).max().unwrap_or(0);
-    let bytes = tandem_cuda::handoff::mailbox_bytes(sizes.n_batch * model.n_embd, n_choices) as u64;
+/// Pinned memory in which the CPU workers meet a GPU that has `blocks` of `model`.
+pub(super) fn mailbox_entry(model: &Model, blocks: &[usize], gpu: Device, sizes: &Sizes) -> Entry {
+    let blocks: Vec<_> = blocks.iter().map(|&i| model.blocks[i].clone()).collect();
+    let bytes = tandem_cuda::handoff::mailbox_bytes(&blocks, model.n_embd, sizes.n_batch) as u64;
     let name = format!("hand-offs between {gpu} and the CPU");
     Entry { device: Device::Cpu, pool: Pool::Pinned, name, block: None, bytes }
 }
@@ -313,7 +312,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
             state_bytes(&shares, device, gpu.n_sms, &blocks, sizes)
         };
         if meets.contains(&device) {
-            entries.push(mailbox_entry(model, device, sizes));
+            entries.push(mailbox_entry(model, &blocks, device, sizes));
         }
         entries.extend(match device {
             Device::Cpu => host_entries(model, state.scratch, used.len(), sizes),

@@ -361,7 +361,7 @@ impl<'a> Tables<'a> {
         });
         let gpu_base = gpu_base.collect();
         let host_base = |n| {
-            let meet = n as u64 * bytes::mailbox_entry(model, Device::Cuda(0), &sizes).bytes;
+            let meet = n as u64 * bytes::mailbox_entry(model, &all, Device::Cuda(0), &sizes).bytes;
             sum(bytes::host_entries(model, 0, n, &sizes)) + meet + bytes::most_snapshot_bytes(model, n > 0, &sizes)
         };
         let host_base: Vec<u64> = (0..=problem.order.len()).map(host_base).collect();

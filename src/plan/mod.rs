@@ -228,6 +228,20 @@ impl Plan {
             if end != n {
                 return Err(format!("{}: the shares end at {end} of {n}", block.name()));
             }
+            let can_run = match (&place[..], block) {
+                ([_], _) => true,
+                ([home, other], Block::Ffn(_) | Block::Moe(_)) => {
+                    let is_empty = home.part.is_empty() && matches!(block, Block::Ffn(_));
+                    home.device != Device::Cpu && other.device == Device::Cpu && !is_empty && !other.part.is_empty()
+                }
+                _ => false,
+            };
+            if !can_run {
+                let name = block.name();
+                return Err(format!(
+                    "{name}: a feed-forward block can be shared by a GPU and the CPU, nothing else: {place:?}"
+                ));
+            }
             let mut devices: Vec<Device> = place.iter().map(|s| s.device).collect();
             devices.sort();
             devices.dedup();
