@@ -134,8 +134,8 @@ impl Handover {
         unsafe { self.give.launch_early(device, Launch::new(blocks(n), 256), &args) }
     }
 
-    /// Waits for the workers' answer for `n_tokens`: adds it to the `n` elements of `x` where it is a share (`add`), or takes
-    /// it as the residual stream.
+    /// Waits for the workers' answer for `n_tokens`: adds it to the `n` elements of `x` where it is a share
+    /// (`add`), or takes it as the residual stream.
     pub fn take(
         &self,
         device: &Device,
