@@ -21,6 +21,7 @@ use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use tandem_spec::{Batch, Block, Linear, Moe, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
@@ -218,6 +219,15 @@ pub struct HostTask {
     pub takes: bool,
 }
 
+/// What loading took, seconds.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadTimes {
+    /// Compiling the kernels, or reading them from the cache.
+    pub kernels_s: f64,
+    /// Copying the weights, with the buffers for it.
+    pub upload_s: f64,
+}
+
 /// Blocks of a model on one GPU.
 pub struct Backend {
     ops: Vec<Op>,
@@ -237,6 +247,7 @@ pub struct Backend {
     planned: usize,
     /// Device memory that was free before anything was loaded.
     free_before: usize,
+    load_times: LoadTimes,
     weights: Arena,
     _kernels: Kernels,
     device: Arc<Device>,
@@ -285,7 +296,9 @@ impl Backend {
         let layout = StateLayout::streaming(blocks, &shares, options, n_sms);
         let planned = weights_layout.bytes() + layout.bytes() + StreamLayout::new(&shares).bytes();
         let kernels = Kernels::new(device, compiler);
+        let start = Instant::now();
         kernels.prepare(programs(blocks, options, n_sms)?.into_iter().chain(stream::programs(&streamed.shares)))?;
+        let kernels_s = start.elapsed().as_secs_f64();
         let weights = Arena::new(device, "weights", weights_layout.bytes(), planned)?;
 
         let mut items = Vec::new();
@@ -299,7 +312,9 @@ impl Backend {
             });
         }
         let total = items.iter().map(|i| i.weight.n_bytes()).sum();
+        let start = Instant::now();
         upload::upload(device, &kernels, &weights, &items, source, planned, &mut |done| progress(done, total))?;
+        let load_times = LoadTimes { kernels_s, upload_s: start.elapsed().as_secs_f64() };
 
         let (mut ops, mut placed_blocks) = (Vec::new(), Vec::new());
         let mut linker = Linker::resolving(&kernels, n_sms);
@@ -362,6 +377,7 @@ impl Backend {
             layout,
             planned,
             free_before,
+            load_times,
             weights,
             _kernels: kernels,
             device: device.clone(),
@@ -406,6 +422,11 @@ impl Backend {
     /// Bytes of the weight arena.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes()
+    }
+
+    /// What loading took.
+    pub fn load_times(&self) -> LoadTimes {
+        self.load_times
     }
 
     /// Bytes of device memory that the driver took since the context was there, beside the weights and `states`, as
@@ -902,7 +923,7 @@ impl Backend {
     /// Microseconds of a launch of `graph`, the second time that it is launched `n` times.
     fn time_graph(&self, graph: &Graph, n: usize) -> Result<f64, Error> {
         let launch_all = || {
-            let start = std::time::Instant::now();
+            let start = Instant::now();
             (0..n).try_for_each(|_| graph.launch(&self.device))?;
             self.device.wait("a measurement")?;
             Ok(start.elapsed().as_secs_f64() * 1e6 / n as f64)

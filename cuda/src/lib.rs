@@ -24,7 +24,9 @@ mod head;
 mod moe;
 mod prompt;
 
-pub use backend::{Backend, Feed, HostTask, PROMPT_FROM, Snapshot, State, WeightsLayout, for_each_weight, programs};
+pub use backend::{
+    Backend, Feed, HostTask, LoadTimes, PROMPT_FROM, Snapshot, State, WeightsLayout, for_each_weight, programs,
+};
 pub use compile::Compiler;
 pub use device::{Device, GpuInfo, gpus};
 pub use error::{Error, driver_calls};

@@ -16,9 +16,12 @@ use clap::builder::Resettable;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::LazyLock;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// GGUF language models on the whole machine.
 #[derive(Parser)]
@@ -31,6 +34,10 @@ use std::sync::LazyLock;
     after_help = "Most options have an environment twin TANDEM_…, shown beside them in each command's help; the option wins."
 )]
 struct Cli {
+    /// What to tell on standard error while at work: error, warn, info or debug, or by module (`tandem::engine=debug`)
+    #[arg(long, global = true, env = "TANDEM_LOG", default_value = "warn", value_name = "LEVEL")]
+    #[arg(value_parser = |text: &str| text.parse::<Targets>(), hide_env_values = true)]
+    log: Targets,
     #[command(subcommand)]
     command: Command,
 }
@@ -176,6 +183,9 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time();
+    let lines = lines.with_ansi(std::io::stderr().is_terminal());
+    tracing_subscriber::registry().with(lines).with(cli.log).init();
     let Err(error) = dispatch(cli.command) else { return ExitCode::SUCCESS };
     let broken_pipe = error.chain().any(|cause| {
         cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)

@@ -5,6 +5,7 @@ use super::Error;
 use crate::plan::{Device, Plan, Pool, Run, Runs};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
 use tandem_cuda::Feed;
@@ -105,8 +106,13 @@ impl Engine {
             match device {
                 Device::Cpu => {
                     let options = tandem_cpu::Options { threads: plan.threads, isa: options.isa };
-                    let progress = |n| progress(before + n);
+                    let (progress, start) = (|n| progress(before + n), Instant::now());
                     let backend = tandem_cpu::Backend::load(&model, &indices, source, options, &progress)?;
+                    let (seconds, gb) = (start.elapsed().as_secs_f64(), backend.weight_bytes() as f64 * 1e-9);
+                    tracing::info!(
+                        "{device}: {gb:.2} GB of weights loaded in {seconds:.2} s, {:.1} GB/s",
+                        gb / seconds
+                    );
                     done += backend.weight_bytes();
                     cpu = Some(backend);
                 }
@@ -120,6 +126,13 @@ impl Engine {
                     let mut tell = |n: usize, _| progress(before + n as u64);
                     let backend = tandem_cuda::Backend::load(&gpu, compiler, &blocks, source, &sizes, &mut tell)?;
                     done += backend.weight_bytes() as u64;
+                    let (times, gb) = (backend.load_times(), backend.weight_bytes() as f64 * 1e-9);
+                    tracing::info!(
+                        "{device}: kernels ready in {:.2} s, {gb:.2} GB of weights loaded in {:.2} s, {:.1} GB/s",
+                        times.kernels_s,
+                        times.upload_s,
+                        gb / times.upload_s
+                    );
                     let (_, tasks) = host_tasks.iter().find(|(d, _)| *d == device).expect("a device of the plan");
                     gpus.push((device, backend.with_host_tasks(tasks.clone())));
                 }

@@ -231,3 +231,19 @@ fn bench_measures_each_row_from_its_beginning() {
         }
     }
 }
+
+/// What `--log` and its twin ask for is told on standard error, and nothing more.
+#[test]
+fn logs_go_to_standard_error_as_asked() {
+    let run = |args: &[&str], vars: &[(&str, &str)]| {
+        let output = tandem(&[&["run", "-p", "Hello", "-n", "1", "--vram", "0"], args].concat(), vars);
+        assert_eq!(output.status.code(), Some(0));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let loaded = "GB of weights loaded in";
+    assert!(!run(&[], &[]).contains(loaded));
+    assert!(run(&["--log", "info"], &[]).contains(loaded));
+    assert!(run(&[], &[("TANDEM_LOG", "tandem::engine=info")]).contains(loaded));
+    assert!(!run(&["--log", "warn"], &[("TANDEM_LOG", "info")]).contains(loaded));
+    assert_refused(&["probe", "--log", "tandem=loud"], &[], 2, &["--log", "loud"]);
+}
