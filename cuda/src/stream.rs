@@ -113,6 +113,13 @@ fn stacks(share: &Block<Weight>) -> ([&Linear<Weight>; 3], usize) {
     }
 }
 
+/// Whether a share whose matrices are packed in panels of `panel_rows` rows can be streamed: no panel is larger than a
+/// chunk.
+pub fn can_stream(share: &Block<Weight>, panel_rows: usize) -> bool {
+    let row_bytes = |l: &Linear<Weight>| l.weight.row_bytes();
+    stacks(share).0.into_iter().all(|l| panel_rows * row_bytes(l) <= CHUNK_BYTES)
+}
+
 /// A part of a share that is computed with at once.
 #[derive(Clone, Debug)]
 struct UnitLayout {
