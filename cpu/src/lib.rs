@@ -23,5 +23,5 @@ mod step;
 pub use activations::{ActivationBuffer, Activations, Forms};
 pub use backend::{Backend, Error, Options, for_each_weight};
 pub use isa::Isa;
-pub use matrix::{Matrix, OutRows};
+pub use matrix::{Matrix, OutRows, panel_rows};
 pub use state::{Snapshot, State, StateSize};

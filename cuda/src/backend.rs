@@ -720,7 +720,7 @@ impl Backend {
             }
             (Block::DeltaNet(b), _) => prompt.delta_net(device, b, tables, x, state, scratch),
             (Block::Ffn(b), _) => prompt.ffn(device, b, parts, tables, x, scratch),
-            (Block::Moe(b), constants) => prompt.moe(device, b, tables, x, constants.experts, scratch, between),
+            (Block::Moe(b), constants) => prompt.moe(device, b, parts, tables, x, constants.experts, scratch, between),
             (Block::Embed(_) | Block::Head(_), _) => unreachable!("one kernel for any number of tokens"),
         }
     }

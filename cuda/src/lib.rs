@@ -33,4 +33,4 @@ pub use error::{Error, driver_calls};
 pub use handoff::Mailbox;
 pub use head::can_sample;
 pub use ops::{Options, StateLayout};
-pub use stream::{HostShare, StreamLayout, Streamed};
+pub use stream::{HostShare, StreamLayout, Streamed, can_stream};

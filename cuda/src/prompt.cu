@@ -113,12 +113,12 @@ struct RowTile {
 
 struct ExpertArgs {
     const float* logits;     // [n_tokens, n_experts] f32
-    const u64* table;        // [n_experts]: address of each expert's slot, 0: not on this GPU
+    const u64* table;        // [n_experts]: address of each expert's slot, 0: not on this GPU; expert_choose: null: all are
     int* expert;             // [n_tokens, n_used]
     float* weight;           // [n_tokens, n_used] f32
     u64* slot;               // [n_tokens, n_used]: entries of the table
     int* token;              // [n_tokens * n_used]: token of a sorted row
-    int* row;                // [n_tokens, n_used]: sorted row of a choice, where its expert is here
+    int* row;                // [n_tokens, n_used]: sorted row of a choice, where its expert is here, among those of all
     int* count;              // [n_experts], zero before expert_choose
     RowTile* tiles;          // [n_experts + n_tokens * n_used / height]
     int* n_tiles;            // [1]
@@ -126,6 +126,8 @@ struct ExpertArgs {
     int n_experts;
     int n_used;
     int height;
+    int first_expert;        // of those that expert_sort sorts
+    int pad;
 };
 static_assert(sizeof(ExpertArgs) == EXPERT_ARGS, "ExpertArgs differs from prompt.rs");
 
@@ -158,7 +160,7 @@ KERNEL __launch_bounds__(256) expert_choose(const ExpertArgs a) {
             p[index] = -3.4e38f;
             a.expert[token * a.n_used + k] = index;
             a.weight[token * a.n_used + k] = e;
-            a.slot[token * a.n_used + k] = a.table[index];
+            a.slot[token * a.n_used + k] = a.table ? a.table[index] : 1;
             atomicAdd(a.count + index, 1);
         }
         __syncwarp();
@@ -166,24 +168,24 @@ KERNEL __launch_bounds__(256) expert_choose(const ExpertArgs a) {
     for (int k = lane; k < a.n_used; k += 32) a.weight[token * a.n_used + k] /= total;
 }
 
-// Grid (n_experts), 256 threads: the rows of an expert, in the order of their tokens, and its tiles. Experts that are
-// not here have neither.
+// Grid (experts from first_expert on), 256 threads: the rows of an expert, in the order of their tokens, and its tiles.
+// Experts that are not here have neither, but their rows are left free: those of several launches do not overlap.
 KERNEL __launch_bounds__(256) expert_sort(const ExpertArgs a) {
     __shared__ float scratch[33];
     __shared__ int warp_count[8];
-    const int e = blockIdx.x, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int e = a.first_expert + blockIdx.x, tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     float rows_before = 0.0f, tiles_before = 0.0f;    // exact: below 2^24
     for (int i = tid; i < e; i += 256) {
-        const int n = a.table[i] ? a.count[i] : 0;
+        const int n = a.count[i];
         rows_before += n;
-        tiles_before += (n + a.height - 1) / a.height;
+        if (i >= a.first_expert && a.table[i]) tiles_before += (n + a.height - 1) / a.height;
     }
     const int first = (int)block_sum(rows_before, scratch), first_tile = (int)block_sum(tiles_before, scratch);
     const u64 slot = a.table[e];
     const int n = slot ? a.count[e] : 0, n_tiles = (n + a.height - 1) / a.height;
     for (int i = tid; i < n_tiles; i += 256)
         a.tiles[first_tile + i] = RowTile{slot, e, first + i * a.height, min(a.height, n - i * a.height), 0};
-    if (e == a.n_experts - 1 && tid == 0) *a.n_tiles = first_tile + n_tiles;
+    if (blockIdx.x == gridDim.x - 1 && tid == 0) *a.n_tiles = first_tile + n_tiles;
     if (!slot) return;
     int at = first;
     const int total = a.n_tokens * a.n_used;

@@ -102,6 +102,8 @@ args!(ExpertArgs {
     n_experts: i32,
     n_used: i32,
     height: i32,
+    first_expert: i32,
+    pad: i32,
 });
 args!(CombineArgs {
     x: Ptr,
@@ -1002,7 +1004,7 @@ impl Prompt {
     }
 
     /// Runs a mixture of experts over `x` `[n_tokens, n_embd]` f32, in place: those experts that have a slot in `table`
-    /// `[n_experts]` u64, and the shared one;
+    /// `[n_experts]` u64, the shared one, and those that are streamed;
     /// `between` queues what comes between the choice of experts and their products.
     ///
     /// # Errors
@@ -1011,6 +1013,7 @@ impl Prompt {
         &self,
         device: &Device,
         b: &Moe<DeviceWeight>,
+        streamed: Option<Parts>,
         t: &Tables,
         x: Ptr,
         table: Ptr,
@@ -1027,47 +1030,59 @@ impl Prompt {
         self.gemm(c, &bare(&b.ffn_gate_inp), &s.h, n, s.logits, None, false)?;
         // SAFETY: `count` holds n_experts numbers.
         unsafe { result::memset_d8_async(s.count.0, 0, 4 * m.n_experts, device.stream()) }.during("clearing counts")?;
-        let mut args = ExpertArgs {
+        // With those that are streamed, all experts are here.
+        let streamed = streamed.and_then(|parts| parts.table().map(|table| (parts, table)));
+        let args = ExpertArgs {
             logits: s.logits,
-            table,
+            table: if streamed.is_some() { Ptr::NULL } else { table },
             expert: s.expert,
             weight: s.weight,
             slot: s.slot,
             token: s.token,
             row: s.row,
             count: s.count,
-            tiles: s.tiles[0],
-            n_tiles: s.n_tiles[0],
+            tiles: Ptr::NULL,
+            n_tiles: Ptr::NULL,
             n_tokens: n as i32,
             n_experts: m.n_experts as i32,
             n_used: m.n_used as i32,
             height: 0,
+            first_expert: 0,
+            pad: 0,
         };
         let choose = Launch::new(n.div_ceil(8), 256).shared(8 * 4 * m.n_experts);
         // SAFETY: the buffers hold n_tokens rows of n_experts logits and n_used choices.
         unsafe { self.choose.launch(device, choose, &args)? };
         let (ids, weights) = (s.expert, s.weight);
         between(Chosen { ids, weights, table, n_used: m.n_used, stride: m.n_used })?;
-        let per_expert = n_rows.div_ceil(m.n_experts);
-        let [gate, up, down] = &routed(b);
-        let mut experts = [gate, down].map(|l| {
-            (
-                self.tile(&l.weight, l.weight.n_rows, per_expert, m.n_experts > 1).1,
-                Experts { gather: Ptr::NULL, tiles: s.tiles[0], n_tiles: s.n_tiles[0], n_experts: m.n_experts },
-            )
-        });
-        for i in 0..2 {
-            if i == 1 && experts[0].0 == experts[1].0 {
-                continue;
+        // Outputs of those of `experts` that have a slot in `table`, in the sorted order of all.
+        let multiply = |b: &Moe<DeviceWeight>, table: Ptr, experts: std::ops::Range<usize>| {
+            let per_expert = n_rows.div_ceil(m.n_experts);
+            let [gate, up, down] = &routed(b);
+            let heights = [gate, down].map(|l| self.tile(&l.weight, l.weight.n_rows, per_expert, m.n_experts > 1).1);
+            let mut sorted = [0, 0];
+            for i in 0..2 {
+                if i == 1 && heights[0] == heights[1] {
+                    continue;
+                }
+                sorted[i] = i;
+                let (tiles, n_tiles) = (s.tiles[i], s.n_tiles[i]);
+                let (height, first_expert) = (heights[i] as i32, experts.start as i32);
+                let args = ExpertArgs { table, tiles, n_tiles, height, first_expert, ..args };
+                // SAFETY: as above; `tiles` holds the most tiles of the lowest height.
+                unsafe { self.sort.launch(device, Launch::new(experts.len(), 256), &args)? };
             }
-            (args.tiles, args.n_tiles, args.height) = (s.tiles[i], s.n_tiles[i], experts[i].0 as i32);
-            (experts[i].1.tiles, experts[i].1.n_tiles) = (args.tiles, args.n_tiles);
-            // SAFETY: as above; `tiles` holds the most tiles of the lowest height.
-            unsafe { self.sort.launch(device, Launch::new(m.n_experts, 256), &args)? };
+            let [of_pair, of_down] = sorted.map(|i| {
+                let (tiles, n_tiles) = (s.tiles[i], s.n_tiles[i]);
+                Experts { gather: Ptr::NULL, tiles, n_tiles, n_experts: m.n_experts }
+            });
+            let of_pair = Experts { gather: s.token, ..of_pair };
+            self.gemm_pair(c, (gate, up, down), &s.h, n_rows, m.n_ff, &s.pair, Some(of_pair))?;
+            self.gemm(c, down, &s.pair.out, n_rows, s.y, Some(of_down), false)
+        };
+        if streamed.is_none() || !b.experts.is_empty() {
+            multiply(b, table, 0..m.n_experts)?;
         }
-        let gathered = Experts { gather: s.token, ..experts[0].1 };
-        self.gemm_pair(c, (gate, up, down), &s.h, n_rows, m.n_ff, &s.pair, Some(gathered))?;
-        self.gemm(c, down, &s.pair.out, n_rows, s.y, Some(experts[1].1), false)?;
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);
         if let (Some(shared), Some((pair, y, gate))) = (&b.shared, &s.shared) {
             let linears = (&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp);
@@ -1078,6 +1093,12 @@ impl Prompt {
                 let row = DeviceWeight { n_rows: 1, n_cols: m.n_embd, ..*w };
                 self.gemm(c, &bare(&row), &s.h, n, *gate, None, false)?;
                 shared_gate = *gate;
+            }
+        }
+        if let Some((mut parts, table)) = streamed {
+            while let Some(part) = parts.next_part()? {
+                let Block::Moe(b) = &part.block else { unreachable!("a share is of its block's kind") };
+                multiply(b, table, part.experts.clone())?;
             }
         }
         let args = CombineArgs {

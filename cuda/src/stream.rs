@@ -7,11 +7,11 @@
 //! streams work at the same time: one copies panels into a ring of chunks, one sorts chunks into the planes of a
 //! slot, and the device's own computes with the slot that is full. Refuses a panel that is larger than a chunk.
 
-use crate::arena::{Arena, Ptr, Range, Ranges};
+use crate::arena::{ALIGN, Arena, Ptr, Range, Ranges};
 use crate::compile::{Args, Function, Kernels, Launch, Program};
 use crate::device::Device;
 use crate::error::{During, Error};
-use crate::layout;
+use crate::layout::{self, ExpertSlot};
 use crate::ops::DeviceWeight;
 use cudarc::driver::{result, sys};
 use std::collections::BTreeMap;
@@ -113,12 +113,23 @@ fn stacks(share: &Block<Weight>) -> ([&Linear<Weight>; 3], usize) {
     }
 }
 
+/// Whether a share whose matrices are packed in panels of `panel_rows` rows can be streamed: no panel is larger than a
+/// chunk.
+pub fn can_stream(share: &Block<Weight>, panel_rows: usize) -> bool {
+    let row_bytes = |l: &Linear<Weight>| l.weight.row_bytes();
+    stacks(share).0.into_iter().all(|l| panel_rows * row_bytes(l) <= CHUNK_BYTES)
+}
+
 /// A part of a share that is computed with at once.
 #[derive(Clone, Debug)]
 struct UnitLayout {
     share: usize,
-    /// For each matrix its index among the share's panels, and its place in the slot.
+    /// Which experts of the share; an FFN is one.
+    experts: std::ops::Range<usize>,
+    /// For each matrix its index among the share's panels, and its place in the slot: all gates, all ups, all downs.
     matrices: Vec<(usize, Range)>,
+    /// Bytes of an expert in the slot.
+    stride: usize,
 }
 
 /// Where everything lies on the device that streaming needs: a pure function of the shares.
@@ -127,27 +138,39 @@ pub struct StreamLayout {
     units: Vec<UnitLayout>,
     slots: [Range; N_SLOTS],
     chunks: [Range; N_CHUNKS],
-    /// By share: its weights that are no matrices.
+    /// By share: its weights that are no matrices, and the table of a mixture's experts.
     vectors: Vec<Vec<(Weight, Range)>>,
+    tables: Vec<Option<Range>>,
     total: usize,
 }
 
 impl StreamLayout {
     /// The layout for `shares`.
     pub fn new(shares: &[Block<Weight>]) -> Self {
-        let (mut units, mut vectors, mut slot_bytes, mut ranges) = (Vec::new(), Vec::new(), 0, Ranges::default());
+        let (mut units, mut vectors, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut slot_bytes, mut ranges) = (0, Ranges::default());
         for (i, share) in shares.iter().enumerate() {
             let (linears, n_experts) = stacks(share);
-            let bytes = linears.map(|l| layout::weight_bytes(&l.weight) / n_experts.max(1));
-            let together = (EXPERTS_BYTES / bytes.iter().sum::<usize>().max(1)).clamp(1, n_experts.max(1));
+            let (parts, stride) = match share {
+                Block::Moe(b) => {
+                    tables.push(Some(ranges.take(8 * b.shape.n_experts)));
+                    let slot = ExpertSlot::new(b, |w| w.ty);
+                    (slot.parts, slot.bytes)
+                }
+                _ => {
+                    tables.push(None);
+                    let mut slot = Ranges::default();
+                    (linears.map(|l| slot.take(layout::weight_bytes(&l.weight))), slot.total())
+                }
+            };
+            let together = (EXPERTS_BYTES / stride.max(1)).clamp(1, n_experts.max(1));
             for first in (0..n_experts).step_by(together) {
-                let mut slot = Ranges::default();
                 let experts = first..n_experts.min(first + together);
-                let of = |(m, bytes)| experts.clone().map(move |e| (m * n_experts + e, bytes));
-                let matrices = bytes.into_iter().enumerate().flat_map(of).map(|(m, bytes)| (m, slot.take(bytes)));
-                let matrices: Vec<_> = matrices.collect();
-                slot_bytes = slot_bytes.max(slot.total());
-                units.push(UnitLayout { share: i, matrices });
+                let place = |part: Range, nth: usize| Range { offset: nth * stride + part.offset, ..part };
+                let of = |(m, part)| experts.clone().map(move |e| (m * n_experts + e, place(part, e - first)));
+                let matrices = parts.into_iter().enumerate().flat_map(of).collect();
+                slot_bytes = slot_bytes.max(experts.len() * stride);
+                units.push(UnitLayout { share: i, experts, matrices, stride });
             }
             let mut others = Vec::new();
             share.for_each(&mut |w| {
@@ -159,12 +182,19 @@ impl StreamLayout {
         }
         let slots = [(); N_SLOTS].map(|()| ranges.take(slot_bytes));
         let chunks = [(); N_CHUNKS].map(|()| ranges.take(if shares.is_empty() { 0 } else { CHUNK_BYTES }));
-        Self { units, slots, chunks, vectors, total: ranges.total() }
+        Self { units, slots, chunks, vectors, tables, total: ranges.total() }
     }
 
     /// Bytes of the arena.
     pub fn bytes(&self) -> usize {
         self.total
+    }
+
+    /// Of them, bytes of the slots, which grow with the largest unit, and of the chunks, which do not grow; the rest adds
+    /// up over shares.
+    pub fn shared_bytes(&self) -> (usize, usize) {
+        let of = |ranges: &[Range]| ranges.iter().map(|r| r.bytes.next_multiple_of(ALIGN)).sum();
+        (of(&self.slots), of(&self.chunks))
     }
 }
 
@@ -235,8 +265,10 @@ struct Chunk {
 /// A part of a block on the device.
 #[derive(Clone, Debug)]
 pub(crate) struct Part {
-    /// The share with the addresses of the unit.
+    /// The share with the addresses of the unit; those of experts are in [`Parts::table`].
     pub block: Block<DeviceWeight>,
+    /// Experts of the model that the unit holds.
+    pub experts: std::ops::Range<usize>,
 }
 
 struct Unit {
@@ -294,11 +326,18 @@ impl Turns {
     }
 }
 
+/// The units of a block.
+struct BlockUnits {
+    block: usize,
+    units: std::ops::Range<usize>,
+    /// Of a mixture, `[n_experts]` u64: where each streamed expert lies while its unit is there.
+    table: Option<Ptr>,
+}
+
 /// Streams the units of a backend's blocks, in order.
 pub(crate) struct Streamer {
     units: Vec<Unit>,
-    /// Units by block: index of the block, then its units.
-    blocks: Vec<(usize, std::ops::Range<usize>)>,
+    blocks: Vec<BlockUnits>,
     /// The next unit to load, and the end of those that this batch needs.
     next: usize,
     end: usize,
@@ -333,15 +372,24 @@ impl Streamer {
         planned: usize,
     ) -> Result<Self, Error> {
         let blocks: Vec<_> = shares.iter().map(|s| s.share.clone()).collect();
-        if let Some(block) = blocks.iter().find(|b| matches!(b, Block::Moe(_))) {
-            return Err(Error::Unsupported(format!("{}: mixtures of experts are not streamed", block.name())));
-        }
         let layout = StreamLayout::new(&blocks);
         let arena = Arena::new(device, "buffers for streamed weights", layout.bytes(), planned)?;
         for (weight, range) in layout.vectors.iter().flatten().filter(|(_, range)| range.bytes > 0) {
             arena.write(*range, &weight.runs(source).collect::<Vec<_>>().concat())?;
         }
-        let (mut units, mut of_blocks) = (Vec::new(), Vec::<(usize, std::ops::Range<usize>)>::new());
+        let (mut units, mut of_blocks) = (Vec::new(), Vec::<BlockUnits>::new());
+        let first_expert = |share: usize| if let Block::Moe(b) = &blocks[share] { b.experts.start } else { 0 };
+        for (i, range) in layout.tables.iter().enumerate() {
+            let (Some(range), Block::Moe(b)) = (range, &blocks[i]) else { continue };
+            let mut table = vec![0u64; b.shape.n_experts];
+            for (number, unit) in layout.units.iter().enumerate().filter(|(_, unit)| unit.share == i) {
+                let slot = arena.ptr(layout.slots[number % N_SLOTS]);
+                for (nth, expert) in unit.experts.clone().enumerate() {
+                    table[b.experts.start + expert] = slot.offset(nth * unit.stride).0;
+                }
+            }
+            arena.write(*range, &table)?;
+        }
         for (number, unit) in layout.units.iter().enumerate() {
             let share = &shares[unit.share];
             let (linears, n_experts) = stacks(&share.share);
@@ -361,13 +409,18 @@ impl Streamer {
                 let ptr = matrix.or_else(vector).expect("every weight has a place");
                 Ok::<_, Infallible>(DeviceWeight { ptr, ..DeviceWeight::unplaced(w) })
             });
-            units.push(Unit { part: Part { block }, chunks: chunks(&matrices, kernels)? });
+            let first = first_expert(unit.share);
+            let experts = first + unit.experts.start..first + unit.experts.end;
+            units.push(Unit { part: Part { block, experts }, chunks: chunks(&matrices, kernels)? });
             match of_blocks.last_mut() {
-                Some((block, units)) if *block == share.block => units.end = number + 1,
-                _ => of_blocks.push((share.block, number..number + 1)),
+                Some(of) if of.block == share.block => of.units.end = number + 1,
+                _ => {
+                    let table = layout.tables[unit.share].map(|range| arena.ptr(range));
+                    of_blocks.push(BlockUnits { block: share.block, units: number..number + 1, table });
+                }
             }
         }
-        assert!(of_blocks.is_sorted_by_key(|(block, _)| *block), "shares in the order of their blocks, one a block");
+        assert!(of_blocks.is_sorted_by_key(|of| of.block), "shares in the order of their blocks, one a block");
         let mut mappings: Vec<_> =
             shares.iter().flat_map(|s| &s.panels).map(|p| (p.memory.mapping().start, p.memory.mapping().end)).collect();
         mappings.sort();
@@ -422,17 +475,17 @@ impl Streamer {
     pub fn begin(&mut self, blocks: std::ops::Range<usize>) -> Result<(), Error> {
         // A batch that failed may have left slots in use.
         self.slots.iter().try_for_each(|slot| slot.free.record(self.device.stream()))?;
-        let units = |end: usize| {
-            self.blocks.iter().filter(|(block, _)| *block < end).map(|(_, units)| units.end).max().unwrap_or(0)
-        };
+        let units =
+            |end: usize| self.blocks.iter().filter(|of| of.block < end).map(|of| of.units.end).max().unwrap_or(0);
         (self.next, self.end) = (units(blocks.start), units(blocks.end));
         (0..N_SLOTS).try_for_each(|_| self.load_next())
     }
 
     /// The units of block `block`, one after the other.
     pub fn parts(&mut self, block: usize) -> Parts<'_> {
-        let units = self.blocks.iter().find(|(b, _)| *b == block).map_or(0..0, |(_, units)| units.clone());
-        Parts { streamer: self, units, is_open: false }
+        let of = self.blocks.iter().find(|of| of.block == block);
+        let (units, table) = of.map_or((0..0, None), |of| (of.units.clone(), of.table));
+        Parts { streamer: self, units, table, is_open: false }
     }
 
     /// Queues the copies of the next unit that this batch needs.
@@ -481,10 +534,17 @@ impl Drop for Streamer {
 pub(crate) struct Parts<'s> {
     streamer: &'s mut Streamer,
     units: std::ops::Range<usize>,
+    table: Option<Ptr>,
     is_open: bool,
 }
 
 impl Parts<'_> {
+    /// Of a mixture that is streamed, `[n_experts]` u64: where each expert lies while its part is the last one
+    /// returned, 0 for those that are not streamed.
+    pub fn table(&self) -> Option<Ptr> {
+        self.table
+    }
+
     /// Gives the last part's place back and returns the next part: what is queued on the device's stream from here on
     /// finds it complete.
     ///
@@ -594,8 +654,9 @@ mod tests {
         assert_eq!(layout.units.len(), 1 + 91usize.div_ceil(together));
         let mut seen = vec![0; 3 * 91];
         for unit in &layout.units {
-            let mut end = 0;
-            for (matrix, range) in &unit.matrices {
+            let (mut end, mut matrices) = (0, unit.matrices.clone());
+            matrices.sort_by_key(|(_, range)| range.offset);
+            for (matrix, range) in &matrices {
                 assert!(range.offset >= end && range.offset + range.bytes <= layout.slots[0].bytes);
                 end = range.offset + range.bytes;
                 if unit.share == 1 {

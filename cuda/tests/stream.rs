@@ -8,7 +8,10 @@ use std::sync::Arc;
 use tandem_cuda::{Backend, HostShare, Options, StreamLayout, Streamed};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{Buffers, Maker, Rng, relative_rms_of_rows};
-use tandem_spec::{Batch, Block, FfnShape, KvDtype, Linear, Matrix, PanelMemory, Panels, TensorSource, Weight, panel};
+use tandem_spec::{
+    Batch, Block, FfnShape, KvDtype, Linear, Matrix, MoeShape, PanelMemory, Panels, TensorSource, TensorType, Weight,
+    panel,
+};
 
 /// Panels in a mapping that they share with others.
 struct Memory {
@@ -185,5 +188,42 @@ fn streamed_ffns_agree_with_resident_ones() {
             }
         }
     }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Four mixtures a type, which choose among a few experts: wherever these lie, the sum is exactly the same, since every
+/// expert's rows and the order of the sum are. Then one type with experts of several units a block.
+#[test]
+fn streamed_mixtures_agree_with_resident_ones() {
+    let Some(gpu) = gpu() else { return };
+    let mut failed = Vec::new();
+    let mut check = |ty: TensorType, shape: MoeShape, sizes: &[usize], parts: &[[usize; 4]], with_reference: bool| {
+        let (n_embd, n) = (shape.n_embd, shape.n_experts);
+        let mut maker = Maker::new(5 + ty as u64, &[ty]);
+        let whole = (0..4).map(|i| Block::Moe(maker.moe(i, &shape))).collect();
+        let split = Split { whole, n_embd, source: maker.source };
+        for &n_tokens in sizes {
+            let resident = split.run(&gpu, None, n_tokens);
+            let error = if with_reference { split.error(&resident, n_tokens) } else { 0.0 };
+            for (at, panel_rows) in parts.iter().flat_map(|at| [8, 16].map(|panel_rows| (at, panel_rows))) {
+                let parts = at.map(|at| at..n);
+                let streamed = split.run(&gpu, Some((&parts, panel_rows)), n_tokens);
+                let differ = streamed.iter().zip(&resident).filter(|(a, b)| a != b).count();
+                println!(
+                    "{ty} {n_tokens:3} tokens, from expert {at:?}, panels of {panel_rows:2} rows: {differ} differ"
+                );
+                if differ > 0 || error.is_nan() || error > 2e-2 {
+                    failed.push(format!("{ty} {n_tokens} tokens {at:?} {panel_rows} rows: {differ}, {error:.2e}"));
+                }
+            }
+        }
+    };
+    for row in TYPES.iter().filter(|row| row.ty.is_supported()) {
+        let (n_embd, n_ff) = if row.block_len == 256 { (512, 256) } else { (160, 96) };
+        let shape = MoeShape { n_embd, n_experts: 13, n_used: 3, n_ff, n_ff_shared: n_ff, rms_eps: 1e-6 };
+        check(row.ty, shape, &[5, 150], &[[0; 4], [5, 12, 0, 1]], true);
+    }
+    let shape = MoeShape { n_embd: 1024, n_experts: 96, n_used: 4, n_ff: 512, n_ff_shared: 0, rms_eps: 1e-6 };
+    check(TensorType::Q8_0, shape, &[301], &[[0, 5, 95, 12]], false);
     assert!(failed.is_empty(), "{failed:#?}");
 }

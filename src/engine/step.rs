@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
-use tandem_cuda::Feed;
+use tandem_cuda::{Feed, HostShare, Streamed};
 use tandem_spec::{Batch, Block, Model, SamplerOptions, Sequence, StateBytes, TensorSource};
 
 /// How the devices of a plan are used.
@@ -99,9 +99,10 @@ impl Engine {
     ) -> Result<Self, Error> {
         plan.check(&model).map_err(Error::Batch)?;
         let Runs { runs, gpus: host_tasks } = Runs::new(&plan.places);
-        let (mut cpu, mut gpus, mut done) = (None, Vec::new(), 0);
+        let (mut cpu, mut gpus, mut done) = (None::<tandem_cpu::Backend>, Vec::new(), 0);
         for device in plan.devices() {
-            let (model, indices) = plan.shares(&model, device);
+            let whole = &model;
+            let (model, indices) = plan.shares(whole, device);
             let before = done;
             match device {
                 Device::Cpu => {
@@ -124,7 +125,16 @@ impl Engine {
                     let (n_slots, n_ctx, n_batch) = (plan.n_slots, plan.n_ctx, plan.n_batch);
                     let sizes = tandem_cuda::Options { n_slots, n_ctx, n_batch, kv: plan.kv_dtype };
                     let mut tell = |n: usize, _| progress(before + n as u64);
-                    let backend = tandem_cuda::Backend::load(&gpu, compiler, &blocks, source, &sizes, &mut tell)?;
+                    // The GPU reads the panels that the CPU, which comes first, has packed for itself.
+                    let shares = plan.streamed(whole, device).into_iter().map(|(i, share)| HostShare {
+                        block: indices.iter().position(|&j| j == i).expect("its home is here"),
+                        share,
+                        panels: cpu.as_ref().expect("it has shares").panels(i),
+                    });
+                    let streamed = Streamed { from: plan.stream_from.unwrap_or(usize::MAX), shares: shares.collect() };
+                    let backend = tandem_cuda::Backend::load_streaming(
+                        &gpu, compiler, &blocks, streamed, source, &sizes, &mut tell,
+                    )?;
                     done += backend.weight_bytes() as u64;
                     let (times, gb) = (backend.load_times(), backend.weight_bytes() as f64 * 1e-9);
                     tracing::info!(
@@ -175,8 +185,9 @@ impl Engine {
         all.push((Device::Cpu, Pool::Scratch, size_of_val(&*states.x) as u64));
         all.push((Device::Cpu, Pool::Logits, 4 * states.logits.capacity() as u64));
         let upload = tandem_cuda::upload::STAGING_BYTES as u64;
-        for ((device, _), state) in self.gpus.iter().zip(&states.gpus) {
+        for ((device, gpu), state) in self.gpus.iter().zip(&states.gpus) {
             all.extend(of_state(*device, state.by_use()));
+            all.push((*device, Pool::Staging, gpu.stream_bytes() as u64));
             all.push((*device, Pool::Staging, upload.saturating_sub(state.bytes() as u64)));
             all.push((Device::Cpu, Pool::Pinned, state.pinned_bytes() as u64));
         }

@@ -11,8 +11,6 @@ use tandem_spec::{Attention, Block, KvDtype, Model, StateBytes, Weight};
 const CUDA_RESERVE: u64 = 256 << 20;
 /// Kept free in main memory: the system, the tokenizer, this process.
 const HOST_RESERVE: u64 = 512 << 20;
-/// Most bytes of one staging buffer for streamed weights; layers that are larger are streamed in pieces.
-const STAGING_MAX: u64 = 256 << 20;
 /// Copies of states that a session keeps take at most this, and at most a part of main memory.
 const SNAPSHOTS_MAX: u64 = 512 << 20;
 const SNAPSHOTS_PART: u64 = 64;
@@ -149,8 +147,61 @@ pub(super) fn shares(model: &Model, places: &[Place], device: Device) -> (Model,
     (model, indices)
 }
 
-/// Bytes of a backend's state for `blocks` of `model`. Saturates where a number overflows.
-fn state_bytes(model: &Model, device: Device, n_sms: usize, blocks: &[usize], sizes: &Sizes) -> StateBytes {
+/// The CPU's share of a block at `place`, if the block's GPU can stream it.
+pub(super) fn streamed_share(block: &Block<Weight>, place: &Place, isa: Isa) -> Option<Block<Weight>> {
+    let [home, other] = &place[..] else { return None };
+    let share = block.share(other.part.clone(), false);
+    let is_streamed = home.device != Device::Cpu && other.device == Device::Cpu;
+    (is_streamed && tandem_cuda::can_stream(&share, tandem_cpu::panel_rows(isa))).then_some(share)
+}
+
+/// The shares that `gpu` streams for large batches, with the indices of their blocks.
+pub(super) fn streamed(model: &Model, places: &[Place], gpu: Device, sizes: &Sizes) -> Vec<(usize, Block<Weight>)> {
+    let all = model.blocks.iter().zip(places).enumerate().filter(|_| sizes.stream);
+    let here = all.filter(|(_, (_, place))| place[0].device == gpu);
+    here.filter_map(|(i, (block, place))| Some((i, streamed_share(block, place, sizes.isa)?))).collect()
+}
+
+/// Bytes of a GPU's buffers for streamed shares.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct StagingBytes {
+    /// Grow with the largest unit of a share.
+    pub slots: u64,
+    /// The same for any number of shares.
+    pub chunks: u64,
+    /// Add up over shares.
+    pub rest: u64,
+}
+
+impl StagingBytes {
+    /// Of the layout of one share.
+    pub fn of(share: &Block<Weight>) -> Self {
+        let layout = tandem_cuda::StreamLayout::new(std::slice::from_ref(share));
+        let (slots, chunks) = layout.shared_bytes();
+        Self { slots: slots as u64, chunks: chunks as u64, rest: (layout.bytes() - slots - chunks) as u64 }
+    }
+
+    /// Of the layout of the shares of both.
+    pub fn and(self, other: Self) -> Self {
+        let (slots, chunks) = (self.slots.max(other.slots), self.chunks.max(other.chunks));
+        Self { slots, chunks, rest: self.rest + other.rest }
+    }
+
+    pub fn total(self) -> u64 {
+        self.slots + self.chunks + self.rest
+    }
+}
+
+/// Bytes of a backend's state for `blocks` of `model`, and, of a GPU, for the shares `streamed` of some of them.
+/// Saturates where a number overflows.
+fn state_bytes(
+    model: &Model,
+    device: Device,
+    n_sms: usize,
+    blocks: &[usize],
+    streamed: &[Block<Weight>],
+    sizes: &Sizes,
+) -> StateBytes {
     let &Sizes { n_ctx, n_slots, n_batch, kv_dtype, threads, .. } = sizes;
     match device {
         Device::Cpu => {
@@ -161,14 +212,14 @@ fn state_bytes(model: &Model, device: Device, n_sms: usize, blocks: &[usize], si
         Device::Cuda(_) => {
             let options = tandem_cuda::Options { n_slots, n_ctx, n_batch, kv: kv_dtype };
             let blocks: Vec<Block<Weight>> = blocks.iter().map(|&i| model.blocks[i].clone()).collect();
-            tandem_cuda::StateLayout::new(&blocks, &options, n_sms).by_use()
+            tandem_cuda::StateLayout::streaming(&blocks, streamed, &options, n_sms).by_use()
         }
     }
 }
 
 /// Scratch of the largest batch on a device that runs `blocks`.
 pub(super) fn scratch(model: &Model, device: Device, n_sms: usize, blocks: &[usize], sizes: &Sizes) -> u64 {
-    state_bytes(model, device, n_sms, blocks, sizes).scratch
+    state_bytes(model, device, n_sms, blocks, &[], sizes).scratch
 }
 
 /// Copies of states that a session keeps, where main memory has `ram` bytes.
@@ -182,7 +233,7 @@ fn snapshot_bytes(model: &Model, device: Device, sizes: &Sizes) -> u64 {
     let one = Sizes { n_slots: 1, n_ctx: 1, n_batch: 1, ..*sizes };
     let blocks: Vec<usize> =
         (0..model.blocks.len()).filter(|&i| matches!(model.blocks[i], Block::DeltaNet(_))).collect();
-    state_bytes(model, device, 1, &blocks, &one).states
+    state_bytes(model, device, 1, &blocks, &[], &one).states
 }
 
 /// Bytes of all copies of states wherever the blocks lie: an upper bound.
@@ -219,7 +270,7 @@ pub(super) fn share_entries(model: &Model, index: usize, share: &Share, home: bo
     }
     if matches!(block, Block::Attention(_) | Block::DeltaNet(_) | Block::Head(_)) {
         // The scratch of a block on its own is not counted here, so neither are the multiprocessors that it depends on.
-        let StateBytes { kv, states, logits, .. } = state_bytes(model, device, 1, &[index], sizes);
+        let StateBytes { kv, states, logits, .. } = state_bytes(model, device, 1, &[index], &[], sizes);
         let own = [(Pool::Kv, kv), (Pool::States, states), (Pool::Logits, logits)];
         entries.extend(own.into_iter().map(|(pool, bytes)| entry(pool, &block.name(), bytes)));
     }
@@ -238,10 +289,8 @@ pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &S
         (Pool::Reserve, "kept free", HOST_RESERVE),
     ];
     if n_gpus > 0 {
-        let staging = if sizes.stream { staging_bytes(model, sizes) } else { 0 };
         rows.push((Pool::Pinned, "upload ring", tandem_cuda::upload::STAGING_BYTES as u64));
         rows.push((Pool::Pinned, "tokens", n_gpus as u64 * floats(sizes.n_slots)));
-        rows.push((Pool::Staging, "two pinned buffers for streamed weights", 2 * staging));
     }
     entries(Device::Cpu, rows)
 }
@@ -254,22 +303,15 @@ pub(super) fn mailbox_entry(model: &Model, blocks: &[usize], gpu: Device, sizes:
     Entry { device: Device::Cpu, pool: Pool::Pinned, name, block: None, bytes }
 }
 
-/// Entries of a GPU beside its blocks. `state` is everything that its states take, allocated after loading.
-pub(super) fn gpu_entries(
-    model: &Model,
-    device: Device,
-    gpu: GpuSize,
-    scratch: u64,
-    state: u64,
-    sizes: &Sizes,
-) -> Vec<Entry> {
-    let staging = if sizes.stream { staging_bytes(model, sizes) } else { 0 };
+/// Entries of a GPU beside its blocks. `state` is everything that its states take, allocated after loading, `staging`
+/// what streamed shares take.
+pub(super) fn gpu_entries(device: Device, gpu: GpuSize, scratch: u64, state: u64, staging: u64) -> Vec<Entry> {
     let upload = (tandem_cuda::upload::STAGING_BYTES as u64).saturating_sub(state);
     entries(
         device,
         vec![
             (Pool::Scratch, "activations of the largest batch", scratch),
-            (Pool::Staging, "two buffers for streamed weights", 2 * staging),
+            (Pool::Staging, "streamed weights on their way", staging),
             (Pool::Staging, "upload buffers, beyond what states take later", upload),
             (Pool::Driver, "modules, graphs, cuBLASLt", gpu.driver_bytes),
             (Pool::Reserve, "kept free", CUDA_RESERVE),
@@ -280,18 +322,6 @@ pub(super) fn gpu_entries(
 fn entries(device: Device, rows: Vec<(Pool, &str, u64)>) -> Vec<Entry> {
     let entry = |(pool, name, bytes): (Pool, &str, u64)| Entry { device, pool, name: name.into(), block: None, bytes };
     rows.into_iter().filter(|row| row.2 > 0).map(entry).collect()
-}
-
-/// Bytes of one staging buffer: the largest feed-forward block, or [`STAGING_MAX`].
-fn staging_bytes(model: &Model, sizes: &Sizes) -> u64 {
-    let bytes = |(i, block): (usize, &Block<Weight>)| match block {
-        Block::Ffn(_) | Block::Moe(_) => {
-            let share = Share { device: Device::Cuda(0), part: 0..super::n_parts(block) };
-            share_entries(model, i, &share, true, sizes).iter().map(|e| e.bytes).sum()
-        }
-        _ => 0,
-    };
-    model.blocks.iter().enumerate().map(bytes).max().unwrap_or(0).min(STAGING_MAX)
 }
 
 /// The account of a placement; `gpus` by GPU index.
@@ -306,17 +336,21 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
         let (shares, blocks) = shares(model, places, device);
         let gpu =
             if let Device::Cuda(i) = device { gpus.get(i).copied().unwrap_or_default() } else { GpuSize::default() };
+        let streamed: Vec<_> = streamed(model, places, device, sizes).into_iter().map(|(_, share)| share).collect();
         let state = if blocks.is_empty() {
             StateBytes::default()
         } else {
-            state_bytes(&shares, device, gpu.n_sms, &blocks, sizes)
+            state_bytes(&shares, device, gpu.n_sms, &blocks, &streamed, sizes)
         };
         if meets.contains(&device) {
             entries.push(mailbox_entry(model, &blocks, device, sizes));
         }
         entries.extend(match device {
             Device::Cpu => host_entries(model, state.scratch, used.len(), sizes),
-            Device::Cuda(_) => gpu_entries(model, device, gpu, state.scratch, state.total(), sizes),
+            Device::Cuda(_) => {
+                let staging = tandem_cuda::StreamLayout::new(&streamed).bytes() as u64;
+                gpu_entries(device, gpu, state.scratch, state.total(), staging)
+            }
         });
     }
     let tied = is_tied(model);

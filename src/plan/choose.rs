@@ -10,7 +10,7 @@
 //! candidate is timed exactly, a step that does not pay (a hand-off that costs more than the rows it moves) is
 //! simply not taken.
 
-use super::bytes::{self, Sizes};
+use super::bytes::{self, Sizes, StagingBytes};
 use super::time::{self, Rates};
 use super::{Alternative, Device, Place, Plan, Refusal, Share, Wishes, Workload, n_parts, row_unit};
 use crate::machine::Machine;
@@ -20,6 +20,8 @@ use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
 const DEFAULT_CTX: usize = 8192;
 /// Batch sizes that are tried where a GPU can be used; without one the first is taken.
 const BATCHES: [usize; 3] = [512, 2048, 8192];
+/// The same where weights are streamed: a batch that only just hides the copies leaves most memory for weights.
+const STREAM_BATCHES: [usize; 4] = [512, 1024, 2048, 8192];
 /// Placements timed per order of moves, divided by the number of GPUs; longer orders are walked in equal strides.
 const MAX_STEPS: usize = 2000;
 
@@ -69,6 +71,8 @@ struct Cell {
     /// CPU's part cannot be streamed.
     streamed: f64,
     stream_bytes: f64,
+    /// Of the GPU's buffers for that.
+    staging: StagingBytes,
 }
 
 impl Cell {
@@ -285,24 +289,23 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Batch sizes, with and without streaming.
+    /// Batch sizes, without streaming and then with it.
     fn candidate_sizes(&self) -> Vec<Sizes> {
         let mut sizes = self.sizes();
         sizes.n_snapshots = bytes::n_snapshots(self.model, self.ram, &sizes);
-        let mut batches: Vec<usize> = match self.wishes.n_batch {
-            Some(n) => vec![n],
-            None if self.order.is_empty() => vec![BATCHES[0]],
-            None => BATCHES.to_vec(),
+        let with = |stream: bool, batches: &[usize]| -> Vec<Sizes> {
+            let mut batches: Vec<usize> = batches.iter().map(|n| (*n).min(sizes.n_ctx)).collect();
+            batches.dedup();
+            let n_logits = |n_batch| if self.wishes.all_logits { n_batch } else { sizes.n_logits };
+            let of = |n_batch| Sizes { n_batch, n_logits: n_logits(n_batch), stream, ..sizes };
+            batches.into_iter().map(of).collect()
         };
-        batches.iter_mut().for_each(|n| *n = (*n).min(sizes.n_ctx));
-        batches.dedup();
-        // The CUDA backend can stream shares of the host; the engine does not ask it to yet, so no plan counts on it.
-        let streams: &[bool] = &[false];
-        let with = |n_batch: usize| {
-            let n_logits = if self.wishes.all_logits { n_batch } else { sizes.n_logits };
-            streams.iter().map(move |&stream| Sizes { n_batch, n_logits, stream, ..sizes })
-        };
-        batches.into_iter().flat_map(with).collect()
+        match self.wishes.n_batch {
+            Some(n) if self.order.is_empty() => with(false, &[n]),
+            Some(n) => [with(false, &[n]), with(true, &[n])].concat(),
+            None if self.order.is_empty() => with(false, &BATCHES[..1]),
+            None => [with(false, &BATCHES), with(true, &STREAM_BATCHES)].concat(),
+        }
     }
 
     fn too_big(&self, needs: &Overflow) -> Refusal {
@@ -357,7 +360,7 @@ impl<'a> Tables<'a> {
         let gpu_base = problem.facts.gpus.iter().map(|gpu| {
             let size = bytes::GpuSize { n_sms: gpu.n_sms, driver_bytes: gpu.driver_bytes };
             let scratch = bytes::scratch(model, Device::Cuda(0), gpu.n_sms, &all, &sizes);
-            sum(bytes::gpu_entries(model, Device::Cuda(0), size, scratch, scratch, &sizes))
+            sum(bytes::gpu_entries(Device::Cuda(0), size, scratch, scratch, 0))
         });
         let gpu_base = gpu_base.collect();
         let host_base = |n| {
@@ -417,14 +420,18 @@ impl<'a> Tables<'a> {
         (0..=levels)
             .map(|level| {
                 let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
-                for (nth, share) in place(block, level, Device::Cuda(0)).iter().enumerate() {
+                let place = place(block, level, Device::Cuda(0));
+                let streamed =
+                    if self.sizes.stream { bytes::streamed_share(block, &place, self.sizes.isa) } else { None };
+                cell.staging = streamed.as_ref().map(StagingBytes::of).unwrap_or_default();
+                for (nth, share) in place.iter().enumerate() {
                     let entries = bytes::share_entries(model, index, share, nth == 0, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
                     let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
                     let (rates, side) = match share.device {
                         Device::Cpu => {
                             cell.cpu_bytes = bytes;
-                            if matches!(block, Block::Ffn(_) | Block::Moe(_)) {
+                            if streamed.is_some() {
                                 (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights.sum::<u64>() as f64);
                             }
                             (cpu, 1)
@@ -443,6 +450,12 @@ impl<'a> Tables<'a> {
                 cell
             })
             .collect()
+    }
+
+    /// Bytes of the buffers of a GPU that streams everything that is streamed at `levels`.
+    fn staging(&self, levels: &[Level]) -> u64 {
+        let of = |(i, &level): (usize, &Level)| self.cell(0, i, level).staging;
+        levels.iter().enumerate().map(of).fold(StagingBytes::default(), StagingBytes::and).total()
     }
 
     /// Seconds of the whole workload that block `i` takes at `level`, on the first GPU.
@@ -530,6 +543,8 @@ impl<'a> Tables<'a> {
                 continue;
             }
             match self.evaluate(&levels) {
+                // Without the buffers the same placement is a candidate as well.
+                Ok(outcome) if self.sizes.stream && !outcome.prompt_streams => {}
                 Ok(outcome) => {
                     let generate = problem.wishes.workload.generate as f64;
                     let seconds = outcome.prompt_s + generate * outcome.decode_s;
@@ -556,6 +571,7 @@ impl<'a> Tables<'a> {
         let problem = self.problem;
         let blocks = &problem.model.blocks;
         let gpus = self.assign(levels);
+        let staging = self.staging(levels);
         let mut used = vec![0u64; problem.vram.len()];
         let mut host = 0;
         let head = levels.len() - 1;
@@ -566,7 +582,7 @@ impl<'a> Tables<'a> {
                 host += cell.cpu_bytes;
             }
             if level > 0 {
-                let base = if used[gpus[i]] == 0 { self.gpu_base[gpus[i]] } else { 0 };
+                let base = if used[gpus[i]] == 0 { self.gpu_base[gpus[i]] + staging } else { 0 };
                 let is_copy = shared_with_head && gpus[0] == gpus[head];
                 used[gpus[i]] += base + if is_copy { 0 } else { cell.gpu_bytes };
             }
@@ -620,13 +636,14 @@ impl<'a> Tables<'a> {
             }
             return gpus;
         }
+        let staging = self.staging(levels);
         // Bytes of named blocks, and of the free blocks before each of them.
         let mut used = vec![0u64; self.problem.vram.len()];
         for i in (0..n).filter(|&i| levels[i] > 0) {
             let Some(gpu) = self.named(i) else { continue };
             let is_copy =
                 self.problem.tied && i == 0 && self.named(n - 1).or(Some(gpu)) == Some(gpu) && levels[n - 1] > 0;
-            let base = if used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
+            let base = if used[gpu] == 0 { self.gpu_base[gpu] + staging } else { 0 };
             used[gpu] += base + if is_copy { 0 } else { self.cell(0, i, levels[i]).gpu_bytes };
         }
         let mut bytes = vec![0u64];
@@ -653,7 +670,7 @@ impl<'a> Tables<'a> {
                         let Some((excess, seconds)) = so_far[start].filter(|_| !is_last || start < end) else {
                             continue;
                         };
-                        let base = if start < end && used[gpu] == 0 { self.gpu_base[gpu] } else { 0 };
+                        let base = if start < end && used[gpu] == 0 { self.gpu_base[gpu] + staging } else { 0 };
                         let needed = used[gpu] + base + bytes[end] - bytes[start];
                         let cost = (
                             excess + needed.saturating_sub(self.problem.vram[gpu]),
@@ -721,8 +738,7 @@ impl<'a> Tables<'a> {
             span.in_place += hops * copy_of_x;
             span.apart += if crossing { copy_of_x } else { 0.0 };
         }
-        // Weights of a block without a home on a GPU are streamed to the first one.
-        match home.or(problem.order.first().copied()).filter(|_| cell.streamed.is_finite()) {
+        match home.filter(|_| cell.streamed.is_finite()) {
             Some(gpu) => {
                 span.compute = cell.streamed;
                 span.copy = cell.stream_bytes / facts.gpus[gpu].pinned_gb_per_s / 1e9;
@@ -831,7 +847,9 @@ pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> usize {
         times.streamed < times.in_place
     };
     let prompt = problem.wishes.workload.prompt;
-    let (mut no, mut yes) = (0, prompt.div_ceil(prompt.div_ceil(outcome.sizes.n_batch)));
+    // The tensor cores, which streamed weights are for, take no smaller batches.
+    let least = time::GPU_PROMPT_FROM;
+    let (mut no, mut yes) = (least - 1, prompt.div_ceil(prompt.div_ceil(outcome.sizes.n_batch)).max(least));
     while yes - no > 1 {
         let middle = no.midpoint(yes);
         if pays(middle) { yes = middle } else { no = middle }

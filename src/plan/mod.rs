@@ -159,6 +159,12 @@ impl Plan {
         bytes::shares(model, &self.places, device)
     }
 
+    /// The CPU's shares of feed-forward blocks that `gpu` streams for batches of [`Plan::stream_from`] tokens and more,
+    /// with the indices of the blocks.
+    pub fn streamed(&self, model: &Model, gpu: Device) -> Vec<(usize, Block<Weight>)> {
+        bytes::streamed(model, &self.places, gpu, &self.sizes())
+    }
+
     /// Predicted tokens per second on the machine of `facts`: generated after `depth` tokens, and of a prompt of so
     /// many.
     /// `None` where the machine lacks a GPU of the plan.

@@ -46,7 +46,7 @@ const GPU_STEP_US: f64 = 25.0;
 
 /// Tokens of a batch from which on a GPU multiplies on its tensor cores, and those that one pass of the other kernels
 /// takes.
-const GPU_PROMPT_FROM: usize = 16;
+pub(super) const GPU_PROMPT_FROM: usize = tandem_cuda::PROMPT_FROM;
 const GPU_PASS: usize = 8;
 /// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for
 /// the rows of a tile; fewer rows than a tile has take as long.

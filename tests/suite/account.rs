@@ -29,6 +29,7 @@ fn load(file: &File, n_sms: usize, wishes: &Wishes) -> Engine {
     let mut facts = machine::known(if n_sms > 0 { "h200+ddr4-16gb" } else { "ddr4-16gb" }).unwrap();
     facts.gpus.iter_mut().for_each(|gpu| gpu.n_sms = n_sms);
     facts.host.isa = Isa::detect();
+    facts.host.read.iter_mut().for_each(|rate| rate.gb_per_s = 1e-3); // so that streaming its weights pays
     let plan = plan::plan(&model, &facts, wishes).unwrap_or_else(|e| panic!("{e}"));
     let cuda_libs = std::env::var_os("TANDEM_CUDA_LIBS").map(Into::into);
     let cubin_cache = Some(std::env::temp_dir().join("tandem-test-cubins"));
@@ -87,6 +88,22 @@ fn planned_bytes_are_allocated_on_a_gpu() {
         for wishes in wishes() {
             let place = vec![PlaceRule::parse("*=cuda0").unwrap()];
             let engine = load(&file, device.n_sms(), &Wishes { place, ..wishes });
+            assert_eq!(planned(engine.plan()), used(&engine), "{name}");
+        }
+    }
+}
+
+/// With shares of the CPU that are streamed to the GPU.
+#[test]
+fn planned_bytes_of_streams_are_allocated() {
+    let Some((device, _)) = gpu() else { return };
+    for (name, file) in models() {
+        let names: Vec<String> = tandem::model::describe(&file).unwrap().blocks.iter().map(|b| b.name()).collect();
+        for wishes in wishes() {
+            let rules = ["*=cuda0", "blk.*.ffn=cuda0:50%", "blk.*.moe=cuda0:0%"].map(|r| PlaceRule::parse(r).unwrap());
+            let place = rules.into_iter().filter(|r| names.iter().any(|name| r.matches(name))).collect();
+            let engine = load(&file, device.n_sms(), &Wishes { place, ..wishes });
+            assert!(engine.plan().stream_from.is_some(), "{name}");
             assert_eq!(planned(engine.plan()), used(&engine), "{name}");
         }
     }

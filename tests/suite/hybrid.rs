@@ -1,5 +1,5 @@
 //! Models shared between a GPU and the CPU: golden models and the story, for splits at each kind of block and several
-//! shares. Skipped, with the reason, where there is no GPU.
+//! shares, with and without streaming of the CPU's shares for prompts. Skipped, with the reason, where there is no GPU.
 
 use super::golden::{Golden, golden_models, numbers, tokens};
 use std::path::PathBuf;
@@ -25,6 +25,13 @@ const SPLITS: &[&[&str]] = &[
     &["blk.(0,2).ffn=cuda0:75%", "blk.(0,2).moe=cuda0:75%", "blk.1.ffn=cpu", "blk.1.moe=cpu"],
 ];
 
+/// Shares of feed-forward blocks at several places.
+const SHARES: &[&[&str]] = &[
+    &["blk.*.ffn=cuda0:50%", "blk.*.moe=cuda0:50%"],
+    &["embed=cpu", "head=cpu", "blk.*.ffn=cuda0:25%", "blk.*.moe=cuda0:0%"],
+    &["blk.0.ffn=cuda0:75%", "blk.0.moe=cuda0:75%", "blk.1=cpu", "blk.2.ffn=cuda0:25%", "blk.2.moe=cuda0:25%"],
+];
+
 /// A machine with one large GPU, whatever is here; `None` where no GPU can be used.
 fn machine() -> Option<Machine> {
     match tandem_cuda::Device::open(0) {
@@ -40,18 +47,24 @@ fn machine() -> Option<Machine> {
     }
 }
 
+/// The same with a host that is so slow that streaming its weights always pays.
+fn slow_host(mut machine: Machine) -> Machine {
+    machine.host.read.iter_mut().for_each(|rate| rate.gb_per_s = 1e-3);
+    machine
+}
+
 fn options() -> DeviceOptions {
     let cuda_libs = std::env::var_os("TANDEM_CUDA_LIBS").map(PathBuf::from);
     let cubin_cache = Some(std::env::temp_dir().join("tandem-test-cubins"));
     DeviceOptions { isa: Isa::detect(), cuda_libs, cubin_cache }
 }
 
-fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize) -> Plan {
+fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, n_batch: usize) -> Plan {
     let names: Vec<String> = model.blocks.iter().map(|b| b.name()).collect();
     let rules = [&["embed=cuda0", "blk.*=cuda0", "head=cuda0"], rules].concat();
     let rules = rules.iter().map(|r| PlaceRule::parse(r).unwrap());
     let place = rules.filter(|r| names.iter().any(|name| r.matches(name))).collect();
-    let (n_ctx, n_batch, kv_dtype) = (Some(n_ctx), Some(n_ctx), Some(KvDtype::F32));
+    let (n_ctx, n_batch, kv_dtype) = (Some(n_ctx), Some(n_batch), Some(KvDtype::F32));
     let wishes = Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, ..Default::default() };
     plan::plan(model, machine, &wishes).unwrap_or_else(|e| panic!("{e}"))
 }
@@ -90,7 +103,7 @@ fn shared_models_give_the_golden_logits() {
         for rules in SPLITS {
             let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
             let model = tandem::model::describe(&file).unwrap();
-            let plan = plan(&model, &machine, rules, 200);
+            let plan = plan(&model, &machine, rules, 200, 200);
             let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
             check(&golden, &engine, &format!("{} {rules:?}", golden.name), &mut failed);
             n_checked += 1;
@@ -98,6 +111,71 @@ fn shared_models_give_the_golden_logits() {
     }
     println!("{n_checked} placements of golden models");
     assert!(failed.is_empty(), "{} of {n_checked}: {failed:#?}", failed.len());
+}
+
+/// The `n` most likely tokens after `prompt`, one by one, and how far each was ahead of the second.
+fn greedy(engine: &Engine, prompt: &[u32], n: usize) -> (Vec<u32>, Vec<f32>) {
+    let mut session = Session::new(engine).unwrap();
+    let mut tokens = prompt.to_vec();
+    let mut margins = Vec::new();
+    for _ in 0..n {
+        session.feed(&tokens, &|| false).unwrap();
+        let logits = session.logits();
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        let second = (0..logits.len()).filter(|i| *i != best).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+        margins.push(logits[best] - logits[second.unwrap()]);
+        tokens.push(best as u32);
+    }
+    (tokens, margins)
+}
+
+/// Whether two texts after a prompt of `start` tokens are one, up to a choice between tokens as good as equal, which
+/// rounding may turn.
+fn same_text(cpu: &[u32], margins: &[f32], other: &[u32], start: usize, what: &str) {
+    let Some(at) = (start..cpu.len()).find(|at| cpu[*at] != other[*at]) else { return };
+    let margin = margins[at - start];
+    assert!(margin < 0.05, "{what}: token {at} differs, margin {margin}");
+    println!("{what}: another token at {at}, where the margin is {margin}");
+}
+
+/// Whole prompts with the CPU's shares streamed; in chunks of 7 and 1 the CPU computes them.
+#[test]
+fn streamed_models_give_the_golden_logits() {
+    let Some(machine) = machine().map(slow_host) else { return };
+    let (mut failed, mut n_checked) = (Vec::new(), 0);
+    for golden in golden_models() {
+        for rules in SHARES {
+            let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
+            let model = tandem::model::describe(&file).unwrap();
+            let plan = plan(&model, &machine, rules, 200, 200);
+            assert_eq!(plan.stream_from, Some(16), "{} {rules:?}", golden.name);
+            let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+            check(&golden, &engine, &format!("streamed {} {rules:?}", golden.name), &mut failed);
+            n_checked += 1;
+        }
+    }
+    println!("{n_checked} streamed placements of golden models");
+    assert!(failed.is_empty(), "{} of {n_checked}: {failed:#?}", failed.len());
+}
+
+/// A prompt in two streamed batches and a short one of the CPU, then 60 tokens that both sides generate: the text is the
+/// CPU's.
+#[test]
+fn streamed_story_goes_on_with_the_shares_of_the_cpu() {
+    let Some(machine) = machine().map(slow_host) else { return };
+    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    let prompt: Vec<u32> = (0..70).map(|i| 40 + 7 * i).collect();
+    let story = |rules: &[&str]| {
+        let model = tandem::model::describe(&file).unwrap();
+        let plan = plan(&model, &machine, rules, 256, 32);
+        assert_eq!(plan.stream_from.is_some(), !rules.contains(&"blk.*=cpu"));
+        let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
+        greedy(&engine, &prompt, 60)
+    };
+    let (cpu, margins) = story(&["embed=cpu", "blk.*=cpu", "head=cpu"]);
+    for rules in [&["blk.*.ffn=cuda0:50%"][..], &["embed=cpu", "blk.*.ffn=cuda0:25%"]] {
+        same_text(&cpu, &margins, &story(rules).0, prompt.len(), &format!("{rules:?}"));
+    }
 }
 
 /// Greedy text of 200 tokens at 50 random placements is that of the CPU, and nothing hangs.
@@ -108,20 +186,9 @@ fn shared_story_is_the_story_of_the_cpu() {
     let prompt: Vec<u32> = (0..12).map(|i| 40 + 7 * i).collect();
     let story = |rules: &[&str]| {
         let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256);
+        let plan = plan(&model, &machine, rules, 256, 256);
         let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
-        let mut session = Session::new(&engine).unwrap();
-        let mut tokens = prompt.clone();
-        let mut margins = Vec::new();
-        for _ in 0..200 {
-            session.feed(&tokens, &|| false).unwrap();
-            let logits = session.logits();
-            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
-            let second = (0..logits.len()).filter(|i| *i != best).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
-            margins.push(logits[best] - logits[second.unwrap()]);
-            tokens.push(best as u32);
-        }
-        (tokens, margins)
+        greedy(&engine, &prompt, 200)
     };
     let (cpu, margins) = story(&["embed=cpu", "blk.*=cpu", "head=cpu"]);
     let mut rng = Rng::new(7);
@@ -138,11 +205,6 @@ fn shared_story_is_the_story_of_the_cpu() {
         rules.extend(["embed=cpu", "head=cpu"].iter().filter(|_| rng.below(3) == 0).map(|r| r.to_string()));
         let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
         let (shared, _) = story(&rules);
-        if let Some(at) = (prompt.len()..cpu.len()).find(|at| cpu[*at] != shared[*at]) {
-            // Rounding may turn a choice between two tokens that are as good as equal.
-            let margin = margins[at - prompt.len()];
-            assert!(margin < 0.05, "run {i} {rules:?}: token {at} differs, margin {margin}");
-            println!("run {i}: another token at {at}, where the margin is {margin}");
-        }
+        same_text(&cpu, &margins, &shared, prompt.len(), &format!("run {i} {rules:?}"));
     }
 }
