@@ -845,6 +845,16 @@ impl Backend {
         Ok(clock[1] as f64 * 1e-9)
     }
 
+    /// Nanoseconds, by the device's clock, at which the last decode step of `state` began.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn started(&self, state: &State) -> Result<u64, Error> {
+        let mut started = [0u64];
+        state.arena.read(self.layout.sampled.clock, &mut started)?;
+        Ok(started[0])
+    }
+
     /// Device time in microseconds, and number, of the blocks of each kind in a decode step of `n_sequences` like the
     /// last ones: a graph of just these blocks, launched `n` times. For benches; the state's contents are lost.
     ///

@@ -3,9 +3,11 @@
 
 mod session;
 mod step;
+mod trace;
 
 pub use session::Session;
 pub use step::{DeviceOptions, Engine, Snapshot, States};
+pub use trace::{Activity, Span, StepTrace, handoff_cost};
 
 /// What can go wrong while loading weights or running a step.
 #[derive(Debug, thiserror::Error)]

@@ -1,13 +1,14 @@
 //! One step: the blocks of the model, in order, each on the device where the plan put it. Where the CPU has a part in
 //! what a GPU does, both work at the same time: the GPU's launches are queued, the workers serve its hand-overs.
 
-use super::Error;
+use super::{Error, StepTrace};
 use crate::plan::{Device, Plan, Pool, Run, Runs};
 use std::ops::Range;
 use std::path::PathBuf;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
 use tandem_cuda::Feed;
+use tandem_cuda::handoff::Times;
 use tandem_spec::{Batch, Block, Model, SamplerOptions, Sequence, StateBytes, TensorSource};
 
 /// How the devices of a plan are used.
@@ -344,6 +345,48 @@ impl Engine {
     /// A device that failed; logits that no token can be chosen from.
     pub fn finish(&self, states: &mut States) -> Result<u32, Error> {
         Ok(self.gpus[0].1.wait(&mut states.gpus[0])?[0])
+    }
+
+    /// The hand-overs between the GPU and the CPU workers in the last decode step; empty where a plan has none, or
+    /// several GPUs.
+    pub fn hand_overs(&self, states: &States) -> Vec<Times> {
+        let ([Run::Gpu { tasks, .. }], [state]) = (&self.runs[..], &states.gpus[..]) else { return Vec::new() };
+        state.mailbox().map_or(Vec::new(), |mailbox| mailbox.times(tasks.len()))
+    }
+
+    /// Whether decode steps are of one GPU and the CPU workers, so that [`Engine::trace`] has something to show.
+    pub fn can_trace(&self) -> bool {
+        let ([Run::Gpu { tasks, .. }], [(_, gpu)]) = (&self.runs[..], &self.gpus[..]) else { return false };
+        !tasks.is_empty() && gpu.has_head()
+    }
+
+    /// The decode step that was finished last, if it began when GPUs had been at work for `busy_before` seconds
+    /// ([`Engine::busy_seconds`]); `None` where no hand-overs were kept.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn trace(&self, states: &States, busy_before: f64) -> Result<Option<StepTrace>, Error> {
+        let times = self.hand_overs(states);
+        let ([Run::Gpu { tasks, .. }], [(device, gpu)]) = (&self.runs[..], &self.gpus[..]) else { return Ok(None) };
+        if times.is_empty() || times.len() < tasks.len() {
+            return Ok(None);
+        }
+        let nanoseconds = ((self.busy_seconds(states)? - busy_before) * 1e9).round() as u64;
+        let here: Vec<usize> =
+            (0..self.model.blocks.len()).filter(|&i| self.plan.places[i][0].device == *device).collect();
+        let name = |i: usize| self.model.blocks[i].name();
+        let names = |blocks: &[usize]| blocks.iter().map(|&i| name(i)).collect::<Vec<_>>().join(", ");
+        let (mut alone, mut shared, mut served, mut next) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for task in tasks {
+            let at = here.partition_point(|&i| i < task.blocks.start);
+            alone.push(names(&here[next..at]));
+            shared.push(if task.is_share { name(task.blocks.start) } else { String::new() });
+            served.push(task.blocks.clone().map(name).collect::<Vec<_>>().join(", "));
+            next = at + usize::from(task.is_share);
+        }
+        alone.push(names(&here[next..]));
+        let started = gpu.started(&states.gpus[0])?;
+        Ok(Some(StepTrace::new(&times, started, nanoseconds, &alone, &shared, &served)))
     }
 
     /// Seconds that GPUs were at work in the steps that were started here, first to last kernel.
