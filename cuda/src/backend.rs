@@ -8,6 +8,7 @@ use crate::compile::{Compiler, Kernels, Program};
 use crate::delta_net::DeltaNetOp;
 use crate::device::Device;
 use crate::error::{During, Error};
+use crate::experts::{self, Exchange, ExpertSlots, HostExperts};
 use crate::ffn::FfnOp;
 use crate::handoff::{Chosen, Handover, Mailbox, mailbox_size};
 use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
@@ -228,6 +229,8 @@ pub struct Backend {
     /// Tokens of the smallest batch for which the host's shares are streamed, and what streams them.
     streamer: Option<(usize, Mutex<Streamer>)>,
     streamed_blocks: Vec<usize>,
+    /// Slots of experts that change.
+    experts: Option<Mutex<ExpertSlots>>,
     blocks: Vec<(Block<DeviceWeight>, Constants)>,
     names: Vec<String>,
     n_embd: usize,
@@ -238,7 +241,7 @@ pub struct Backend {
     /// Device memory that was free before anything was loaded.
     free_before: usize,
     weights: Arena,
-    _kernels: Kernels,
+    kernels: Kernels,
     device: Arc<Device>,
 }
 
@@ -354,6 +357,7 @@ impl Backend {
             prompt_from: PROMPT_FROM,
             streamer,
             streamed_blocks,
+            experts: None,
             blocks: placed_blocks,
             names: blocks.iter().map(Block::name).collect(),
             n_embd,
@@ -363,7 +367,7 @@ impl Backend {
             planned,
             free_before,
             weights,
-            _kernels: kernels,
+            kernels,
             device: device.clone(),
         })
     }
@@ -376,6 +380,43 @@ impl Backend {
     /// The same with tasks of the CPU workers between its blocks, in order: [`State::mailbox`] is where they meet.
     pub fn with_host_tasks(self, host_tasks: Vec<HostTask>) -> Self {
         Self { host_tasks, ..self }
+    }
+
+    /// The same with experts of which the host has all: those that are here can be exchanged for others.
+    ///
+    /// # Errors
+    /// No memory, or what compiler and driver say.
+    pub fn with_expert_cache(self, experts: Vec<HostExperts>) -> Result<Self, Error> {
+        if experts.is_empty() {
+            return Ok(self);
+        }
+        let mixture = |e: &HostExperts| match &self.blocks[e.block] {
+            (Block::Moe(b), constants) => (b, constants.experts),
+            _ => panic!("block {} is no mixture of experts", e.block),
+        };
+        let mixtures: Vec<_> = experts.iter().map(mixture).collect();
+        let staging = mixtures.iter().map(|(b, _)| experts::staging_bytes(b, |w| w.ty)).max().unwrap_or(0);
+        let slots = ExpertSlots::new(&self.device, &self.kernels, &mixtures, experts, staging, self.planned)?;
+        Ok(Self { experts: Some(Mutex::new(slots)), ..self })
+    }
+
+    /// Experts that were exchanged before take part from the next step on, and if all are there, those that `choose`
+    /// names begin to be exchanged when the last step that was queued is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn exchange_experts(&self, choose: impl FnOnce() -> Vec<Exchange>) -> Result<(), Error> {
+        let Some(experts) = &self.experts else { return Ok(()) };
+        let mut experts = experts.lock().unwrap_or_else(PoisonError::into_inner);
+        if experts.settle()? {
+            experts.exchange(&choose(), &self.kernels)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the buffer through which experts come.
+    pub fn expert_staging_bytes(&self) -> usize {
+        self.experts.as_ref().map_or(0, |e| e.lock().unwrap_or_else(PoisonError::into_inner).bytes())
     }
 
     /// For each task of the CPU workers in a step of `n_tokens` over blocks `range`: whether it is theirs, and its
@@ -416,7 +457,7 @@ impl Backend {
     pub fn driver_bytes(&self, states: &[&State]) -> Result<i64, Error> {
         let (free, _) = self.device.memory()?;
         let states = states.iter().map(|s| s.bytes()).sum::<usize>();
-        let ours = self.weights.bytes() + self.stream_bytes() + states;
+        let ours = self.weights.bytes() + self.stream_bytes() + self.expert_staging_bytes() + states;
         Ok(self.free_before as i64 - free as i64 - ours as i64)
     }
 

@@ -61,6 +61,8 @@ struct Row {
     /// Microseconds that a hand-over between the GPU and the CPU cost in the last step, beside what both computed
     /// meanwhile: the median, and how many there were.
     handoff: Option<(f64, usize)>,
+    /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had.
+    experts_on_gpu: Option<f64>,
 }
 
 /// Bytes that one generated token moves, the rate that this makes, and its share of the measured bandwidth.
@@ -180,10 +182,12 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             rows.push(Row::new(&loaded, "pp", n, depth, rates));
         }
         for n in args.generate.iter().map(|n| *n as usize).filter(|n| *n > 0) {
-            let (mut rates, mut shares) = (Vec::new(), Vec::new());
+            let (mut rates, mut shares, mut uses) = (Vec::new(), Vec::new(), session.expert_uses());
             for i in 0..=args.repeat {
                 let (seconds, busy) = time_generation(&mut session, prefix, n, n_vocab)?;
-                if i > 0 {
+                if i == 0 {
+                    uses = session.expert_uses();
+                } else {
                     rates.push(n as f64 / seconds);
                     shares.extend(busy.map(|busy| busy / seconds));
                 }
@@ -191,7 +195,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             let gpu_busy = if shares.is_empty() { None } else { Some(median(&shares)) };
             let costs: Vec<f64> = session.hand_overs().iter().map(handoff_cost).collect();
             let handoff = if costs.is_empty() { None } else { Some((median(&costs), costs.len())) };
-            rows.push(Row { gpu_busy, handoff, ..Row::new(&loaded, "tg", n, depth, rates) });
+            let experts_on_gpu = session.expert_uses().since(uses).share();
+            rows.push(Row { gpu_busy, handoff, experts_on_gpu, ..Row::new(&loaded, "tg", n, depth, rates) });
         }
     }
     let memory = load::memory(&loaded.engine, &session)?;
@@ -226,8 +231,13 @@ fn median_step(session: &mut Session, depth: &[u32]) -> anyhow::Result<StepTrace
     tokens.push(0);
     while steps.len() < TRACED_STEPS && tokens.len() < session.n_ctx() {
         let busy = session.busy_seconds()?;
-        anyhow::ensure!(session.start(&tokens, &options)?, "the GPU chooses no tokens in this plan");
-        tokens.push(session.finish()?);
+        let next = if session.start(&tokens, &options)? {
+            session.finish()?
+        } else {
+            session.feed(&tokens, &|| false)?;
+            0
+        };
+        tokens.push(next);
         steps.extend(session.trace(busy)?);
     }
     steps.sort_by(|a, b| a.step.total_cmp(&b.step));
@@ -273,6 +283,7 @@ impl Row {
                 read: None,
                 gpu_busy: None,
                 handoff: None,
+                experts_on_gpu: None,
             };
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
@@ -280,7 +291,18 @@ impl Row {
         let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
         let predicted = rates_at(depth + n / 2).map(|r| r.0);
-        Self { test, depth, tokens: n, rates, median, predicted, read, gpu_busy: None, handoff: None }
+        Self {
+            test,
+            depth,
+            tokens: n,
+            rates,
+            median,
+            predicted,
+            read,
+            gpu_busy: None,
+            handoff: None,
+            experts_on_gpu: None,
+        }
     }
 
     /// Lowest and highest rate.
@@ -351,6 +373,11 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) ->
     for row in rows {
         if let Some((us, n)) = row.handoff {
             writeln!(std::io::stdout(), "{}: {n} hand-offs a token, {us:.1} us each", row.test)?;
+        }
+    }
+    for row in rows {
+        if let Some(share) = row.experts_on_gpu {
+            writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses", row.test, 100.0 * share)?;
         }
     }
     let peak = peak.map_or(String::new(), |b| format!(", peak memory {:.2} GiB", b as f64 / (1u64 << 30) as f64));

@@ -4,7 +4,7 @@
 //! timeline continues from the longest copy that it shares.
 
 use super::step::Snapshot;
-use super::{Engine, Error, States, StepTrace};
+use super::{Engine, Error, ExpertUses, States, StepTrace};
 use tandem_cuda::handoff::Times;
 use tandem_spec::{Batch, SamplerOptions};
 
@@ -131,6 +131,11 @@ impl<'e> Session<'e> {
     /// What the device says.
     pub fn busy_seconds(&self) -> Result<f64, Error> {
         self.engine.busy_seconds(&self.states)
+    }
+
+    /// Uses of routed experts that a GPU shares with the CPU, in steps of single tokens of all sessions of the engine.
+    pub fn expert_uses(&self) -> ExpertUses {
+        self.engine.expert_uses()
     }
 
     /// The hand-overs between the GPU and the CPU workers in the last step.

@@ -58,13 +58,14 @@ pub fn handoff_cost(t: &Times) -> f64 {
 }
 
 impl StepTrace {
-    /// From the hand-overs of a step that began at `started` and took `nanoseconds`, both by the GPU's clock. `alone`
-    /// `[n + 1]` are the names of the blocks that the GPU runs before each hand-over and at the end, `shared` `[n]`
-    /// that of the block of which it has a share meanwhile (empty: none), `served` `[n]` what the workers run.
+    /// From the hand-overs of a step that began at `started` and took `nanoseconds`, both by the GPU's clock; `None`:
+    /// it ends with the answer to the last of them, which the GPU does not wait for. `alone` `[n + 1]` are the names of
+    /// the blocks that the GPU runs before each hand-over and at the end, `shared` `[n]` that of the block of which it
+    /// has a share meanwhile (empty: none), `served` `[n]` what the workers run.
     pub fn new(
         times: &[Times],
         started: u64,
-        nanoseconds: u64,
+        nanoseconds: Option<u64>,
         alone: &[String],
         shared: &[String],
         served: &[String],
@@ -74,7 +75,8 @@ impl StepTrace {
         // are apart (CPU's minus GPU's) from both sides.
         let apart = |cpu: u64, gpu: u64| i128::from(cpu) - i128::from(gpu);
         let most = times.iter().map(|t| apart(t.seen, t.given)).min().unwrap_or(0);
-        let least = times.iter().map(|t| apart(t.answered, t.goes_on)).max().unwrap_or(0);
+        let taken = &times[..times.len() - usize::from(nanoseconds.is_none() && !times.is_empty())];
+        let least = taken.iter().map(|t| apart(t.answered, t.goes_on)).max().unwrap_or(most);
         let offset = (most + least) / 2;
         let gpu_us = |t: u64| (i128::from(t) - i128::from(started)) as f64 * 1e-3;
         let cpu_us = |t: u64| (i128::from(t) - offset - i128::from(started)) as f64 * 1e-3;
@@ -91,14 +93,18 @@ impl StepTrace {
             if !shared[i].is_empty() {
                 push(&mut gpu, &shared[i], Activity::Share, gpu_us(t.waits));
             }
-            push(&mut gpu, "waits for the CPU", Activity::Wait, gpu_us(t.goes_on));
-            push(&mut gpu, "from the CPU", Activity::HandOver, gpu_us(t.taken));
             let (start, end) = (cpu_us(t.seen), cpu_us(t.answered));
+            if i < taken.len() {
+                push(&mut gpu, "waits for the CPU", Activity::Wait, gpu_us(t.goes_on));
+                push(&mut gpu, "from the CPU", Activity::HandOver, gpu_us(t.taken));
+            } else {
+                push(&mut gpu, "waits for the CPU", Activity::Wait, end);
+            }
             cpu.push(Span { name: served[i].clone(), what: Activity::Share, start, end });
         }
-        let step = nanoseconds as f64 * 1e-3;
+        let step = nanoseconds.map(|n| n as f64 * 1e-3).or(gpu.last().map(|s| s.end)).unwrap_or(0.0);
         push(&mut gpu, &alone[times.len()], Activity::Alone, step);
-        let handoffs = times.iter().map(handoff_cost).collect();
+        let handoffs = taken.iter().map(handoff_cost).collect();
         Self { gpu, cpu, step, handoffs, clock_error: (most - least).unsigned_abs() as f64 / 2e3 }
     }
 
@@ -131,7 +137,7 @@ impl StepTrace {
                 self.gpu.iter().find(same).map_or(0.0, Span::micros).max(cpu.micros())
             })
             .sum();
-        alone + shares + handoff * self.cpu.len() as f64
+        alone + shares + handoff * self.handoffs.len() as f64
     }
 }
 
@@ -158,7 +164,7 @@ mod tests {
         let trace = StepTrace::new(
             &[times(20_000), times(100_000)],
             gpu,
-            170_000,
+            Some(170_000),
             &names(&["blk.0.attn", "blk.1.attn", "head"]),
             &names(&["blk.0.ffn", "blk.1.ffn"]),
             &names(&["blk.0.ffn", "blk.1.ffn"]),
@@ -172,5 +178,25 @@ mod tests {
         assert_eq!((trace.gpu_busy(), trace.cpu_busy()), (20.0 + 22.0 + 12.0 + 16.0, 100.0));
         assert_eq!(trace.longer_part(), 116.0);
         assert_eq!(trace.longest_path(8.0), 170.0);
+    }
+
+    /// Where the CPU has the head, the step ends with its answer.
+    #[test]
+    fn a_step_may_end_on_the_cpu() {
+        let first = Times {
+            begun: 10,
+            given: 1_010,
+            waits: 1_010,
+            goes_on: 9_010,
+            taken: 10_010,
+            seen: 2_010,
+            answered: 8_010,
+        };
+        let last = Times { begun: 20_010, given: 21_010, seen: 22_010, answered: 52_010, ..first };
+        let names = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
+        let (alone, served) = (names(&["blk.0.attn", "blk.1.attn", ""]), names(&["blk.0.ffn", "blk.1.ffn, head"]));
+        let trace = StepTrace::new(&[first, last], 10, None, &alone, &names(&["", ""]), &served);
+        assert_eq!((trace.step, trace.clock_error, trace.handoffs.len()), (52.0, 1.0, 1));
+        assert_eq!(trace.gpu.last().map(|s| (s.what, s.start, s.end)), Some((Activity::Wait, 21.0, 52.0)));
     }
 }

@@ -22,6 +22,8 @@ const DEFAULT_CTX: usize = 8192;
 const BATCHES: [usize; 3] = [512, 2048, 8192];
 /// Placements timed per order of moves, divided by the number of GPUs; longer orders are walked in equal strides.
 const MAX_STEPS: usize = 2000;
+/// How much slower, by the predicted times, a plan may be whose experts follow the routing.
+const EXPERT_CACHE_WORTH: f64 = 1.02;
 
 /// How far a block has moved to the GPU: 0 not at all, `max_level` wholly.
 type Level = usize;
@@ -265,19 +267,24 @@ impl<'a> Problem<'a> {
             isa: self.facts.host.isa,
             threads: self.threads,
             stream: false,
+            expert_cache: false,
         }
     }
 
     /// The fastest placement that fits.
     pub fn solve(&self) -> Result<Outcome, Refusal> {
-        let mut best: Option<(f64, Outcome)> = None;
+        let (mut cached, mut fixed): (Option<(f64, Outcome)>, Option<(f64, Outcome)>) = (None, None);
         let mut nearest: Option<Overflow> = None;
         for sizes in self.candidate_sizes() {
             let tables = Tables::new(self, sizes);
             for order in tables.orders() {
-                tables.walk(&order, &mut best, &mut nearest);
+                let best = if sizes.expert_cache { &mut cached } else { &mut fixed };
+                tables.walk(&order, best, &mut nearest);
             }
         }
+        // The times are those of uniform routing, of which experts that follow it gain nothing.
+        let is_slower = |(c, f): (&(f64, Outcome), &(f64, Outcome))| c.0 > EXPERT_CACHE_WORTH * f.0;
+        let best = if cached.as_ref().zip(fixed.as_ref()).is_some_and(is_slower) { fixed } else { cached.or(fixed) };
         match (best, nearest) {
             (Some((_, outcome)), _) => Ok(outcome),
             (None, Some(needs)) => Err(self.too_big(&needs)),
@@ -298,9 +305,13 @@ impl<'a> Problem<'a> {
         batches.dedup();
         // The CUDA backend can stream shares of the host; the engine does not ask it to yet, so no plan counts on it.
         let streams: &[bool] = &[false];
+        let has_experts = self.model.blocks.iter().any(|b| matches!(b, Block::Moe(_)));
+        let caches: &[bool] =
+            if self.wishes.expert_cache && has_experts && !self.order.is_empty() { &[true, false] } else { &[false] };
         let with = |n_batch: usize| {
             let n_logits = if self.wishes.all_logits { n_batch } else { sizes.n_logits };
-            streams.iter().map(move |&stream| Sizes { n_batch, n_logits, stream, ..sizes })
+            let both = streams.iter().flat_map(|&stream| caches.iter().map(move |&cache| (stream, cache)));
+            both.map(move |(stream, expert_cache)| Sizes { n_batch, n_logits, stream, expert_cache, ..sizes })
         };
         batches.into_iter().flat_map(with).collect()
     }
@@ -358,6 +369,7 @@ impl<'a> Tables<'a> {
             let size = bytes::GpuSize { n_sms: gpu.n_sms, driver_bytes: gpu.driver_bytes };
             let scratch = bytes::scratch(model, Device::Cuda(0), gpu.n_sms, &all, &sizes);
             sum(bytes::gpu_entries(model, Device::Cuda(0), size, scratch, scratch, &sizes))
+                + sum(bytes::exchange_entries(model.blocks.iter(), Device::Cuda(0), &sizes))
         });
         let gpu_base = gpu_base.collect();
         let host_base = |n| {
@@ -417,8 +429,9 @@ impl<'a> Tables<'a> {
         (0..=levels)
             .map(|level| {
                 let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
-                for (nth, share) in place(block, level, Device::Cuda(0)).iter().enumerate() {
-                    let entries = bytes::share_entries(model, index, share, nth == 0, &self.sizes);
+                let place = place(block, level, Device::Cuda(0));
+                for (nth, share) in place.iter().enumerate() {
+                    let entries = bytes::share_entries(model, index, &place, nth, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
                     let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
                     let (rates, side) = match share.device {

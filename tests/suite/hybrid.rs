@@ -46,13 +46,14 @@ fn options() -> DeviceOptions {
     DeviceOptions { isa: Isa::detect(), cuda_libs, cubin_cache }
 }
 
-fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize) -> Plan {
+fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, expert_cache: bool) -> Plan {
     let names: Vec<String> = model.blocks.iter().map(|b| b.name()).collect();
     let rules = [&["embed=cuda0", "blk.*=cuda0", "head=cuda0"], rules].concat();
     let rules = rules.iter().map(|r| PlaceRule::parse(r).unwrap());
     let place = rules.filter(|r| names.iter().any(|name| r.matches(name))).collect();
     let (n_ctx, n_batch, kv_dtype) = (Some(n_ctx), Some(n_ctx), Some(KvDtype::F32));
-    let wishes = Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, ..Default::default() };
+    let wishes =
+        Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, expert_cache, ..Default::default() };
     plan::plan(model, machine, &wishes).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -90,7 +91,7 @@ fn shared_models_give_the_golden_logits() {
         for rules in SPLITS {
             let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
             let model = tandem::model::describe(&file).unwrap();
-            let plan = plan(&model, &machine, rules, 200);
+            let plan = plan(&model, &machine, rules, 200, true);
             let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
             check(&golden, &engine, &format!("{} {rules:?}", golden.name), &mut failed);
             n_checked += 1;
@@ -108,7 +109,7 @@ fn shared_story_is_the_story_of_the_cpu() {
     let prompt: Vec<u32> = (0..12).map(|i| 40 + 7 * i).collect();
     let story = |rules: &[&str]| {
         let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256);
+        let plan = plan(&model, &machine, rules, 256, true);
         let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
         let mut session = Session::new(&engine).unwrap();
         let mut tokens = prompt.clone();
@@ -145,4 +146,36 @@ fn shared_story_is_the_story_of_the_cpu() {
             println!("run {i}: another token at {at}, where the margin is {margin}");
         }
     }
+}
+
+/// A text whose routing repeats: with a cache the GPU has more of the experts that it uses than with a fixed share of
+/// the same size. That the logits stay those of the golden model is tested above.
+#[test]
+fn hot_experts_come_to_the_gpu() {
+    let Some(machine) = machine() else { return };
+    let mut n_checked = 0;
+    for golden in golden_models() {
+        let file = File::open(&golden.path).unwrap();
+        let model = tandem::model::describe(&file).unwrap();
+        if !model.blocks.iter().any(|b| matches!(b, tandem_spec::Block::Moe(_))) {
+            continue;
+        }
+        let uses = |expert_cache: bool| {
+            let plan = plan(&model, &machine, &["blk.*.moe=cuda0:25%"], 200, expert_cache);
+            assert_eq!(plan.expert_cache, expert_cache);
+            let engine = Engine::load(model.clone(), plan, &options(), &file, &|_| {}).unwrap();
+            let mut session = Session::new(&engine).unwrap();
+            let tokens: Vec<u32> = (0..150).map(|i| 3 + i % 3).collect();
+            (1..tokens.len()).for_each(|n| {
+                session.feed(&tokens[..n], &|| false).unwrap();
+            });
+            session.expert_uses()
+        };
+        let (cached, fixed) = (uses(true), uses(false));
+        assert_eq!(cached.all, fixed.all);
+        println!("{}: {cached:?}, fixed {fixed:?}", golden.name);
+        assert!(cached.on_gpu > fixed.on_gpu, "{}: {cached:?}, fixed {fixed:?}", golden.name);
+        n_checked += 1;
+    }
+    assert!(n_checked > 0);
 }
