@@ -14,6 +14,7 @@ use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
@@ -48,6 +49,9 @@ pub enum Error {
     /// The batch does not fit the state.
     #[error("{0}")]
     Batch(String),
+    /// A worker panicked: the others have left the step.
+    #[error("a CPU worker failed: {0}")]
+    Worker(String),
     /// A block that this backend cannot run.
     #[error("{0}")]
     Unsupported(String),
@@ -273,7 +277,7 @@ impl Backend {
     }
 
     /// Runs `tasks`, one after the other, each when `handoff` has its input. Returns whether all were run: not if
-    /// the other side gave up.
+    /// the other side gave up. A worker that panics ends the step with [`Error::Worker`], since the other side waits.
     pub fn serve(
         &self,
         tasks: &[Task],
@@ -285,7 +289,11 @@ impl Backend {
         let memory = handoff.memory();
         // SAFETY: the handoff vouches for its memory; workers touch it only between `wait` and `post`.
         let x = unsafe { Shared::from_raw(memory.x, memory.len) };
-        self.execute(tasks, batch, state, x, Some(handoff), logits)
+        let serve = || self.execute(tasks, batch, state, x, Some(handoff), logits);
+        catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(Error::Worker(text.unwrap_or("no reason given").into()))
+        })
     }
 
     fn execute(

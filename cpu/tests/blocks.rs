@@ -328,3 +328,40 @@ fn shares_give_their_part_of_the_sum() {
     }
     assert!(n_checked > 10, "only {n_checked} shares");
 }
+
+/// A desk at which a worker panics.
+struct Broken(Memory);
+
+// SAFETY: as for the desk.
+unsafe impl Sync for Broken {}
+
+// SAFETY: as for the desk.
+unsafe impl Handoff for Broken {
+    fn memory(&self) -> Memory {
+        self.0
+    }
+
+    fn wait(&self, task: usize) -> bool {
+        assert!(task == 0, "broken on purpose");
+        true
+    }
+
+    fn post(&self, _: usize) {}
+}
+
+/// A worker that panics in the middle ends the step with an error for everyone, and the next step works.
+#[test]
+fn a_panicking_worker_ends_the_step() {
+    let case = cases().into_iter().find(|c| matches!(c.shape, Shape::Ffn(_))).expect("a case");
+    let (block, source) = case.block();
+    let backend = load(&model(&case, block), &source, Isa::Portable, 3);
+    let mut state = backend.state(size(&case)).expect("memory");
+    let (batch, mut x) = case.inputs().into_iter().next().expect("an input");
+    let mut sum = vec![0.0; x.len()];
+    let (x, sum, len) = (x.as_mut_ptr(), sum.as_mut_ptr(), x.len());
+    let broken = Broken(Memory { x, sum, len, ids: std::ptr::null(), weights: std::ptr::null(), n_choices: 0 });
+    let tasks = [(); 4].map(|()| Task { blocks: 0..1, is_share: true });
+    let error = backend.serve(&tasks, &batch, &mut state, &broken, &mut []).unwrap_err();
+    assert!(matches!(&error, Error::Worker(why) if why.contains("broken on purpose")), "{error}");
+    assert!(backend.serve(&tasks[..1], &batch, &mut state, &broken, &mut []).unwrap());
+}

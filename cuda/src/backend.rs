@@ -8,6 +8,7 @@ use crate::compile::{Compiler, Kernels, Program};
 use crate::delta_net::DeltaNetOp;
 use crate::device::Device;
 use crate::error::{During, Error};
+use crate::experts::{self, Exchange, ExpertSlots, HostExperts};
 use crate::ffn::FfnOp;
 use crate::handoff::{Chosen, Handover, Mailbox, mailbox_size};
 use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
@@ -238,6 +239,8 @@ pub struct Backend {
     /// Tokens of the smallest batch for which the host's shares are streamed, and what streams them.
     streamer: Option<(usize, Mutex<Streamer>)>,
     streamed_blocks: Vec<usize>,
+    /// Slots of experts that change.
+    experts: Option<Mutex<ExpertSlots>>,
     blocks: Vec<(Block<DeviceWeight>, Constants)>,
     names: Vec<String>,
     n_embd: usize,
@@ -249,7 +252,7 @@ pub struct Backend {
     free_before: usize,
     load_times: LoadTimes,
     weights: Arena,
-    _kernels: Kernels,
+    kernels: Kernels,
     device: Arc<Device>,
 }
 
@@ -369,6 +372,7 @@ impl Backend {
             prompt_from: PROMPT_FROM,
             streamer,
             streamed_blocks,
+            experts: None,
             blocks: placed_blocks,
             names: blocks.iter().map(Block::name).collect(),
             n_embd,
@@ -379,7 +383,7 @@ impl Backend {
             free_before,
             load_times,
             weights,
-            _kernels: kernels,
+            kernels,
             device: device.clone(),
         })
     }
@@ -392,6 +396,55 @@ impl Backend {
     /// The same with tasks of the CPU workers between its blocks, in order: [`State::mailbox`] is where they meet.
     pub fn with_host_tasks(self, host_tasks: Vec<HostTask>) -> Self {
         Self { host_tasks, ..self }
+    }
+
+    /// The same with experts of which the host has all: those that are here can be exchanged for others.
+    ///
+    /// # Errors
+    /// No memory, or what compiler and driver say.
+    pub fn with_expert_cache(self, experts: Vec<HostExperts>) -> Result<Self, Error> {
+        if experts.is_empty() {
+            return Ok(self);
+        }
+        let mixture = |e: &HostExperts| match &self.blocks[e.block] {
+            (Block::Moe(b), constants) => (b, constants.experts),
+            _ => panic!("block {} is no mixture of experts", e.block),
+        };
+        let mixtures: Vec<_> = experts.iter().map(mixture).collect();
+        let staging = mixtures.iter().map(|(b, _)| experts::staging_bytes(b, |w| w.ty)).max().unwrap_or(0);
+        let slots = ExpertSlots::new(&self.device, &self.kernels, &mixtures, experts, staging, self.planned)?;
+        Ok(Self { experts: Some(Mutex::new(slots)), ..self })
+    }
+
+    /// Experts that were exchanged before take part from the next step on, and if all are there, those that `choose`
+    /// names begin to be exchanged when the last step that was queued is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn exchange_experts(&self, choose: impl FnOnce() -> Vec<Exchange>) -> Result<(), Error> {
+        let Some(experts) = &self.experts else { return Ok(()) };
+        let mut experts = experts.lock().unwrap_or_else(PoisonError::into_inner);
+        if experts.settle()? {
+            experts.exchange(&choose(), &self.kernels)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with each block whose mixture was streamed to the GPU in the last batch, if its experts change, and how
+    /// often each of them was chosen `[n_experts]`, once the batch is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn streamed_uses(&self, f: &mut dyn FnMut(usize, &[u32])) -> Result<(), Error> {
+        let Some(experts) = &self.experts else { return Ok(()) };
+        self.device.bind()?;
+        experts.lock().unwrap_or_else(PoisonError::into_inner).read_counts(f)
+    }
+
+    /// Bytes of device memory, and of pinned memory, that exchanges of experts take.
+    pub fn expert_bytes(&self) -> (usize, usize) {
+        let experts = self.experts.as_ref().map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
+        experts.map_or((0, 0), |e| (e.bytes(), e.pinned_bytes()))
     }
 
     /// For each task of the CPU workers in a step of `n_tokens` over blocks `range`: whether it is theirs, and its
@@ -437,7 +490,7 @@ impl Backend {
     pub fn driver_bytes(&self, states: &[&State]) -> Result<i64, Error> {
         let (free, _) = self.device.memory()?;
         let states = states.iter().map(|s| s.bytes()).sum::<usize>();
-        let ours = self.weights.bytes() + self.stream_bytes() + states;
+        let ours = self.weights.bytes() + self.stream_bytes() + self.expert_bytes().0 + states;
         Ok(self.free_before as i64 - free as i64 - ours as i64)
     }
 
@@ -659,7 +712,13 @@ impl Backend {
         match (&self.ops[i], tables) {
             (Op::Embed(op), _) => op.launch(step)?,
             (Op::Moe(_), Some(tables)) => {
-                self.launch_prompt(state, i, parts, tables, step, &mut |chosen| give(Some(chosen)))?;
+                // Those that are streamed are not handed over: the host learns of them this way.
+                let experts = self.experts.as_ref().filter(|_| is_streamed);
+                let mut experts = experts.map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
+                self.launch_prompt(state, i, parts, tables, step, &mut |chosen| match &mut experts {
+                    Some(experts) => experts.count(i, chosen.counts),
+                    None => give(Some(chosen)),
+                })?;
             }
             (Op::Moe(op), None) => {
                 op.choose(step)?;
@@ -864,6 +923,16 @@ impl Backend {
         let mut clock = [0u64; 2];
         state.arena.read(self.layout.sampled.clock, &mut clock)?;
         Ok(clock[1] as f64 * 1e-9)
+    }
+
+    /// Nanoseconds, by the device's clock, at which the last decode step of `state` began.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn started(&self, state: &State) -> Result<u64, Error> {
+        let mut started = [0u64];
+        state.arena.read(self.layout.sampled.clock, &mut started)?;
+        Ok(started[0])
     }
 
     /// Device time in microseconds, and number, of the blocks of each kind in a decode step of `n_sequences` like the

@@ -15,7 +15,7 @@ struct GiveArgs {
     u32* arrived;         // blocks that have finished; zero before and after
     const u32* failed;    // not zero: the workers did not answer, and what they read is left alone
     u32* ready;           // host: as `count`, when everything is there
-    u64* stamps;          // host: [n_stamps, 2] nanoseconds of giving and taking, by hand-over
+    u64* stamps;          // host: [n_stamps, STAMPS] nanoseconds, by hand-over
     u64* started;         // nanoseconds at which the step began, or null where another kernel was first
     u64 n;
     u32 n_choices, n_used, stride, pad;
@@ -39,6 +39,10 @@ static_assert(sizeof(TakeArgs) == TAKE_ARGS, "TakeArgs differs from handoff.rs")
 #define ELSEWHERE 0x80000000u
 #define ABORTED 0xffffffffu
 #define N_STAMPS 1024u
+// Times of a hand-over, as in handoff.rs: the input is complete; it is given; the wait begins; it ends; all is taken.
+enum Stamp { BEGUN, GIVEN, WAITS, GOES_ON, TAKEN, STAMPS };
+
+DEVICE u64* stamps_of(u64* stamps, u32 count) { return stamps + count % N_STAMPS * STAMPS; }
 
 DEVICE u64 now() {
     u64 t;
@@ -65,7 +69,11 @@ KERNEL __launch_bounds__(256) give(const GiveArgs a) {
     let_next_start();
     wait_for_inputs();
     if (*a.failed) return;
-    if (a.started && blockIdx.x == 0 && threadIdx.x == 0) *a.started = now();
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        const u64 begun = now();
+        if (a.started) *a.started = begun;
+        stamps_of(a.stamps, *a.count + 1)[BEGUN] = begun; // the count stands still until this block has arrived
+    }
     const u64 step = (u64)gridDim.x * 256, first = (u64)blockIdx.x * 256 + threadIdx.x;
     for (u64 i = first; i < a.n / 4; i += step) reinterpret_cast<float4*>(a.to)[i] = reinterpret_cast<const float4*>(a.x)[i];
     for (u64 i = a.n / 4 * 4 + first; i < a.n; i += step) a.to[i] = a.x[i];
@@ -84,7 +92,7 @@ KERNEL __launch_bounds__(256) give(const GiveArgs a) {
     }
     const u32 count = *a.count + 1;
     *a.count = count;
-    a.stamps[count % N_STAMPS * 2] = now();
+    stamps_of(a.stamps, count)[GIVEN] = now();
     store_flag(a.ready, count);
 }
 
@@ -108,7 +116,10 @@ KERNEL __launch_bounds__(256) take(const TakeArgs a) {
             }
             done = load_flag(a.done);
         }
-        if (blockIdx.x == 0) a.stamps[count % N_STAMPS * 2 + 1] = now();
+        if (blockIdx.x == 0) {
+            stamps_of(a.stamps, count)[WAITS] = start;
+            stamps_of(a.stamps, count)[GOES_ON] = now();
+        }
     }
     __syncthreads();
     if (!answered) return;
@@ -129,4 +140,6 @@ KERNEL __launch_bounds__(256) take(const TakeArgs a) {
         const float v = *reinterpret_cast<const volatile float*>(a.from + i);
         a.x[i] = a.add ? a.x[i] + v : v;
     }
+    __syncthreads();
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamps_of(a.stamps, count)[TAKEN] = now();
 }

@@ -18,6 +18,9 @@ const BOUND: Duration = Duration::from_secs(30);
 const ABORTED: u32 = u32::MAX;
 /// Hand-overs whose times are kept: as in handoff.cu.
 const N_STAMPS: usize = 1024;
+/// Times of a hand-over that the GPU keeps: as in handoff.cu.
+const STAMPS: usize = 5;
+const STAMP_BYTES: usize = N_STAMPS * STAMPS * size_of::<u64>();
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -75,6 +78,8 @@ pub(crate) struct Chosen {
     pub weights: Ptr,
     /// `[n_experts]` where the experts lie on this GPU, 0: nowhere.
     pub table: Ptr,
+    /// `[n_experts]` i32: how often each was chosen; null where nobody counted.
+    pub counts: Ptr,
     pub n_used: usize,
     pub stride: usize,
 }
@@ -217,7 +222,7 @@ pub(crate) fn mailbox_size<W>(blocks: &[Block<W>], n_embd: usize, n_batch: usize
 /// `n_embd`.
 pub fn mailbox_bytes<W>(blocks: &[Block<W>], n_embd: usize, n_batch: usize) -> usize {
     let (n, n_choices) = mailbox_size(blocks, n_embd, n_batch);
-    FLAG_BYTES + N_STAMPS * 16 + (2 * n + 2 * n_choices) * 4
+    FLAG_BYTES + STAMP_BYTES + (2 * n + 2 * n_choices) * 4
 }
 
 /// Bytes of device memory that the counters take.
@@ -230,7 +235,7 @@ impl Mailbox {
     /// # Errors
     /// No pinned memory.
     pub(crate) fn new(n: usize, n_choices: usize, counters: Ptr) -> Result<Self, Error> {
-        let bytes = FLAG_BYTES + N_STAMPS * 16 + (2 * n + 2 * n_choices) * 4;
+        let bytes = FLAG_BYTES + STAMP_BYTES + (2 * n + 2 * n_choices) * 4;
         let memory = Pinned::new(bytes)?;
         // SAFETY: just allocated.
         unsafe { memory.as_ptr::<u8>().write_bytes(0, bytes) };
@@ -270,7 +275,7 @@ impl Mailbox {
     }
 
     fn x(&self) -> Ptr {
-        self.at(FLAG_BYTES + N_STAMPS * 16)
+        self.at(FLAG_BYTES + STAMP_BYTES)
     }
 
     fn sum(&self) -> Ptr {
@@ -297,7 +302,7 @@ impl Mailbox {
 
     /// The workers' view: residual stream and sum (elements of each), ids and weights (elements of each).
     pub fn memory(&self) -> (*mut f32, *mut f32, usize, *const u32, *const f32, usize) {
-        let at = |offset: usize| self.memory.as_ptr::<u8>().wrapping_add(FLAG_BYTES + N_STAMPS * 16 + offset);
+        let at = |offset: usize| self.memory.as_ptr::<u8>().wrapping_add(FLAG_BYTES + STAMP_BYTES + offset);
         let choices = 8 * self.n;
         let weights = choices + 4 * self.n_choices;
         (at(0).cast(), at(4 * self.n).cast(), self.n, at(choices).cast(), at(weights).cast(), self.n_choices)
@@ -367,18 +372,44 @@ impl Mailbox {
         false
     }
 
-    /// Of the last `n` hand-overs: nanoseconds, on the GPU's clock, of giving and of going on; on the CPU's clock
-    /// of the input seen and the answer given.
-    pub fn times(&self, n: usize) -> Vec<[u64; 4]> {
+    /// The times of the last `n` hand-overs, at most 1024. What has no answer on the GPU keeps old times of its wait.
+    pub fn times(&self, n: usize) -> Vec<Times> {
         let base = self.base.load(Ordering::Relaxed);
-        (0..n as u32)
+        (0..n.min(N_STAMPS) as u32)
             .map(|i| {
                 let at = base.wrapping_sub(n as u32).wrapping_add(i + 1) as usize % N_STAMPS;
                 // SAFETY: within the stamps, which the GPU has written before the stream was idle.
-                let gpu = |side: usize| unsafe { self.host::<u64>(self.stamps()).add(2 * at + side).read_volatile() };
+                let gpu = |i: usize| unsafe { self.host::<u64>(self.stamps()).add(STAMPS * at + i).read_volatile() };
                 let cpu = |side: usize| self.times[at][side].load(Ordering::Relaxed);
-                [gpu(0), gpu(1), cpu(0), cpu(1)]
+                Times {
+                    begun: gpu(0),
+                    given: gpu(1),
+                    waits: gpu(2),
+                    goes_on: gpu(3),
+                    taken: gpu(4),
+                    seen: cpu(0),
+                    answered: cpu(1),
+                }
             })
             .collect()
     }
+}
+
+/// Times of a hand-over, nanoseconds: two clocks, which begin at different moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// GPU: what is handed over is complete.
+    pub begun: u64,
+    /// GPU: the workers may have it.
+    pub given: u64,
+    /// GPU: nothing is left to do without the answer.
+    pub waits: u64,
+    /// GPU: the answer is there.
+    pub goes_on: u64,
+    /// GPU: it is in the residual stream.
+    pub taken: u64,
+    /// CPU: the workers have the input.
+    pub seen: u64,
+    /// CPU: they have answered.
+    pub answered: u64,
 }

@@ -16,6 +16,7 @@ pub mod upload;
 mod attention;
 mod delta_net;
 mod dense;
+pub mod experts;
 mod few;
 mod ffn;
 mod gemv;

@@ -134,7 +134,7 @@ impl MoeOp {
     /// What [`MoeOp::choose`] leaves behind.
     pub fn chosen(&self, step: &Step) -> Chosen {
         let (n_used, table) = (self.block.shape.n_used, self.table);
-        Chosen { ids: step.routed[2], weights: step.routed[3], table, n_used, stride: n_used + 1 }
+        Chosen { ids: step.routed[2], weights: step.routed[3], table, counts: Ptr::NULL, n_used, stride: n_used + 1 }
     }
 
     fn args(&self, step: &Step) -> MoeArgs {

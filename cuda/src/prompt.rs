@@ -1054,7 +1054,7 @@ impl Prompt {
         // SAFETY: the buffers hold n_tokens rows of n_experts logits and n_used choices.
         unsafe { self.choose.launch(device, choose, &args)? };
         let (ids, weights) = (s.expert, s.weight);
-        between(Chosen { ids, weights, table, n_used: m.n_used, stride: m.n_used })?;
+        between(Chosen { ids, weights, table, counts: s.count, n_used: m.n_used, stride: m.n_used })?;
         // Outputs of those of `experts` that have a slot in `table`, in the sorted order of all.
         let multiply = |b: &Moe<DeviceWeight>, table: Ptr, experts: std::ops::Range<usize>| {
             let per_expert = n_rows.div_ceil(m.n_experts);
@@ -1080,7 +1080,8 @@ impl Prompt {
             self.gemm_pair(c, (gate, up, down), &s.h, n_rows, m.n_ff, &s.pair, Some(of_pair))?;
             self.gemm(c, down, &s.pair.out, n_rows, s.y, Some(of_down), false)
         };
-        if streamed.is_none() || !b.experts.is_empty() {
+        let all_come = streamed.as_ref().is_some_and(|(parts, _)| parts.are_all());
+        if !all_come && (streamed.is_none() || !b.experts.is_empty()) {
             multiply(b, table, 0..m.n_experts)?;
         }
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);

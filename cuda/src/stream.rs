@@ -21,7 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tandem_spec::{Block, Linear, Panels, TensorSource, TensorType, Weight, panel};
 
 /// Bytes of a chunk of panels on their way.
-const CHUNK_BYTES: usize = 16 << 20;
+pub(crate) const CHUNK_BYTES: usize = 16 << 20;
+/// Most rows of a panel.
+pub(crate) const PANEL_ROWS_MAX: usize = 16;
 /// Chunks of the ring.
 const N_CHUNKS: usize = 4;
 /// Slots for units: one is computed with while the other is filled.
@@ -202,9 +204,17 @@ impl StreamLayout {
 static PINNED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
 /// Pinned mappings: the bus reads them at full speed and without the processor.
-struct Pins(Vec<usize>);
+pub(crate) struct Pins(Vec<usize>);
 
 impl Pins {
+    /// Pins what `panels` lie in.
+    pub fn of<'p>(device: &Device, panels: impl Iterator<Item = &'p Panels>) -> Self {
+        let mut mappings: Vec<_> = panels.map(|p| (p.memory.mapping().start, p.memory.mapping().end)).collect();
+        mappings.sort();
+        mappings.dedup();
+        Self::new(device, &mappings.into_iter().map(|(start, end)| start..end).collect::<Vec<_>>())
+    }
+
     /// Pins `mappings`, several at a time. What the system refuses to pin stays as it is: the driver then copies it
     /// through memory of its own, at a third of the rate.
     fn new(device: &Device, mappings: &[std::ops::Range<usize>]) -> Self {
@@ -252,14 +262,21 @@ impl Drop for Pins {
 }
 
 /// A copy of panels, and what sorts them into planes.
-struct Chunk {
+pub(crate) struct Chunk {
     /// First byte in main memory, and their number.
-    host: usize,
-    bytes: usize,
-    function: Function,
-    launch: Launch,
+    pub host: usize,
+    pub bytes: usize,
+    pub function: Function,
+    pub launch: Launch,
     /// `source` is what to take from the address of the chunk.
     args: UnpackArgs,
+}
+
+impl Chunk {
+    /// What sorts the panels, when they are at `staging`.
+    pub fn args_from(&self, staging: Ptr) -> impl Args {
+        UnpackArgs { source: Ptr(staging.0.wrapping_sub(self.args.source.0)), ..self.args }
+    }
 }
 
 /// A part of a block on the device.
@@ -277,30 +294,38 @@ struct Unit {
 }
 
 /// A stream and its events, destroyed with it.
-struct Queue(sys::CUstream);
+pub(crate) struct Queue(pub sys::CUstream);
+
+impl Queue {
+    /// A stream that waits for no other.
+    pub fn new(priority: i32) -> Result<Self, Error> {
+        let kind = result::stream::StreamKind::NonBlocking;
+        Ok(Self(result::stream::create_with_priority(kind, priority).during("creating a stream")?))
+    }
+}
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        // SAFETY: created in `Streamer::new`, drained before.
+        // SAFETY: created in `new`, drained before.
         let _ = unsafe { result::stream::destroy(self.0) };
     }
 }
 
-struct Event(sys::CUevent);
+pub(crate) struct Event(pub sys::CUevent);
 
 impl Event {
-    fn new() -> Result<Self, Error> {
+    pub fn new() -> Result<Self, Error> {
         Ok(Self(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("creating an event")?))
     }
 
     /// Marks what `stream` has been given so far.
-    fn record(&self, stream: sys::CUstream) -> Result<(), Error> {
+    pub fn record(&self, stream: sys::CUstream) -> Result<(), Error> {
         // SAFETY: both are alive.
         unsafe { result::event::record(self.0, stream) }.during("recording an event")
     }
 
     /// Lets `stream` go on only when what was marked last is done.
-    fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
+    pub fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both are alive.
         unsafe { result::stream::wait_event(stream, self.0, flags) }.during("waiting for an event")
@@ -332,6 +357,8 @@ struct BlockUnits {
     units: std::ops::Range<usize>,
     /// Of a mixture, `[n_experts]` u64: where each streamed expert lies while its unit is there.
     table: Option<Ptr>,
+    /// Whether the host has the whole block.
+    are_all: bool,
 }
 
 /// Streams the units of a backend's blocks, in order.
@@ -416,24 +443,16 @@ impl Streamer {
                 Some(of) if of.block == share.block => of.units.end = number + 1,
                 _ => {
                     let table = layout.tables[unit.share].map(|range| arena.ptr(range));
-                    of_blocks.push(BlockUnits { block: share.block, units: number..number + 1, table });
+                    let are_all = matches!(&share.share, Block::Moe(b) if b.experts.len() == b.shape.n_experts);
+                    of_blocks.push(BlockUnits { block: share.block, units: number..number + 1, table, are_all });
                 }
             }
         }
         assert!(of_blocks.is_sorted_by_key(|of| of.block), "shares in the order of their blocks, one a block");
-        let mut mappings: Vec<_> =
-            shares.iter().flat_map(|s| &s.panels).map(|p| (p.memory.mapping().start, p.memory.mapping().end)).collect();
-        mappings.sort();
-        mappings.dedup();
-        let mappings: Vec<_> = mappings.into_iter().map(|(start, end)| start..end).collect();
-        let pins = Pins::new(device, &mappings);
+        let pins = Pins::of(device, shares.iter().flat_map(|s| &s.panels));
         let is_pinned = |p: &&Panels| pins.0.contains(&p.memory.mapping().start);
         let unpinned = shares.iter().flat_map(|s| &s.panels).filter(|p| !is_pinned(p));
         let unpinned_bytes = unpinned.map(|p| p.n_panels() * p.panel_bytes()).sum();
-        let queue = |priority| {
-            let kind = result::stream::StreamKind::NonBlocking;
-            Ok::<_, Error>(Queue(result::stream::create_with_priority(kind, priority).during("creating a stream")?))
-        };
         let (least, greatest) = result::stream::get_priority_range().during("asking for priorities")?;
         Ok(Self {
             units,
@@ -448,9 +467,9 @@ impl Streamer {
                 .collect::<Result<_, Error>>()?,
             slots: (0..N_SLOTS).map(|_| Turns::new()).collect::<Result<_, _>>()?,
             unpinned_bytes,
-            copies: queue(least)?,
+            copies: Queue::new(least)?,
             // The short kernels that sort go ahead of long products: what they fill is waited for next.
-            sorts: queue(greatest)?,
+            sorts: Queue::new(greatest)?,
             _pins: pins,
             _shares: shares,
             arena,
@@ -484,8 +503,8 @@ impl Streamer {
     /// The units of block `block`, one after the other.
     pub fn parts(&mut self, block: usize) -> Parts<'_> {
         let of = self.blocks.iter().find(|of| of.block == block);
-        let (units, table) = of.map_or((0..0, None), |of| (of.units.clone(), of.table));
-        Parts { streamer: self, units, table, is_open: false }
+        let (units, table, are_all) = of.map_or((0..0, None, false), |of| (of.units.clone(), of.table, of.are_all));
+        Parts { streamer: self, units, table, are_all, is_open: false }
     }
 
     /// Queues the copies of the next unit that this batch needs.
@@ -508,9 +527,8 @@ impl Streamer {
             }
             turns.full.record(self.copies.0)?;
             turns.full.hold(self.sorts.0)?;
-            let args = UnpackArgs { source: Ptr(ptr.0.wrapping_sub(chunk.args.source.0)), ..chunk.args };
             // SAFETY: the chunk holds the panels of the launch, the slot their matrices.
-            unsafe { chunk.function.launch_on(self.sorts.0, chunk.launch, &args)? };
+            unsafe { chunk.function.launch_on(self.sorts.0, chunk.launch, &chunk.args_from(*ptr))? };
             turns.free.record(self.sorts.0)?;
         }
         slot.full.record(self.sorts.0)
@@ -535,6 +553,7 @@ pub(crate) struct Parts<'s> {
     streamer: &'s mut Streamer,
     units: std::ops::Range<usize>,
     table: Option<Ptr>,
+    are_all: bool,
     is_open: bool,
 }
 
@@ -543,6 +562,11 @@ impl Parts<'_> {
     /// returned, 0 for those that are not streamed.
     pub fn table(&self) -> Option<Ptr> {
         self.table
+    }
+
+    /// Whether these are all experts of the mixture: those that the GPU has as well are not needed.
+    pub fn are_all(&self) -> bool {
+        self.are_all
     }
 
     /// Gives the last part's place back and returns the next part: what is queued on the device's stream from here on
@@ -567,14 +591,19 @@ impl Parts<'_> {
 
 /// The programs that `shares` need.
 pub(crate) fn programs(shares: &[HostShare]) -> Vec<Program> {
-    let mut keys: Vec<_> = shares.iter().flat_map(|s| &s.panels).map(|p| (p.ty, p.panel_rows)).collect();
+    unpackers(shares.iter().flat_map(|s| &s.panels))
+}
+
+/// The programs that sort `panels` into planes.
+pub(crate) fn unpackers<'p>(panels: impl Iterator<Item = &'p Panels>) -> Vec<Program> {
+    let mut keys: Vec<_> = panels.map(|p| (p.ty, p.panel_rows)).collect();
     keys.sort();
     keys.dedup();
     keys.into_iter().map(|(ty, panel_rows)| program(ty, panel_rows)).collect()
 }
 
 /// The copies that bring `matrices` to their addresses.
-fn chunks(matrices: &[(&Panels, Ptr)], kernels: &Kernels) -> Result<Vec<Chunk>, Error> {
+pub(crate) fn chunks(matrices: &[(&Panels, Ptr)], kernels: &Kernels) -> Result<Vec<Chunk>, Error> {
     let address = |i: usize| matrices[i].0.memory.bytes().as_ptr() as usize;
     let shape = |i: usize| {
         let p = matrices[i].0;

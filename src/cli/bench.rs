@@ -1,12 +1,14 @@
 //! `tandem bench`: prompt and generation rates at given lengths and depths, against what the machine can read.
 
 use super::load::{self, EngineArgs, Loaded, Memory};
+use super::timeline::{self, Format};
 use super::usage;
-use crate::engine::Session;
+use crate::engine::{Session, StepTrace, handoff_cost};
 use crate::plan::{self, Workload};
 use crate::text::SamplerOptions;
+use anyhow::Context;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Arguments of `tandem bench`.
@@ -35,6 +37,9 @@ pub struct BenchArgs {
     /// A Markdown table
     #[arg(long)]
     md: bool,
+    /// Draw one step of a GPU and the CPU together: what each does when, and their hand-overs (.svg or .html)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -53,6 +58,11 @@ struct Row {
     read: Option<Read>,
     /// Share of the generation's time in which the GPU was at work, by its own clock.
     gpu_busy: Option<f64>,
+    /// Microseconds that a hand-over between the GPU and the CPU cost in the last step, beside what both computed
+    /// meanwhile: the median, and how many there were.
+    handoff: Option<(f64, usize)>,
+    /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had.
+    experts_on_gpu: Option<f64>,
 }
 
 /// Bytes that one generated token moves, the rate that this makes, and its share of the measured bandwidth.
@@ -62,6 +72,9 @@ struct Read {
     gb_per_s: f64,
     share: f64,
 }
+
+/// Steps of which one is drawn.
+const TRACED_STEPS: usize = 15;
 
 /// Median of `values`, which must not be empty.
 pub fn median(values: &[f64]) -> f64 {
@@ -140,7 +153,14 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let prompt = longest(&args.depth) + longest(&args.prompt).max(2);
     let workload = Workload { prompt, generate: longest(&args.generate) };
     let opened = load::open(args.model.as_deref())?;
+    let trace = args.trace.as_deref().map(open_trace).transpose()?;
     let loaded = load::engine(&opened, &args.engine, workload)?;
+    if args.trace.is_some() && !loaded.engine.can_trace() {
+        return Err(usage(
+            "--trace shows a step in which a GPU and the CPU hand work to each other, and in this plan one GPU \
+            does not share any with the CPU; --vram or --place 'blk.*.ffn=cuda0:50%' make such plans",
+        ));
+    }
     let n_vocab = opened.model.n_vocab;
     let mut session = Session::new(&loaded.engine)?;
     let mut rows = Vec::new();
@@ -162,20 +182,87 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             rows.push(Row::new(&loaded, "pp", n, depth, rates));
         }
         for n in args.generate.iter().map(|n| *n as usize).filter(|n| *n > 0) {
-            let (mut rates, mut shares) = (Vec::new(), Vec::new());
+            let (mut rates, mut shares, mut uses) = (Vec::new(), Vec::new(), session.expert_uses());
             for i in 0..=args.repeat {
                 let (seconds, busy) = time_generation(&mut session, prefix, n, n_vocab)?;
-                if i > 0 {
+                if i == 0 {
+                    uses = session.expert_uses();
+                } else {
                     rates.push(n as f64 / seconds);
                     shares.extend(busy.map(|busy| busy / seconds));
                 }
             }
             let gpu_busy = if shares.is_empty() { None } else { Some(median(&shares)) };
-            rows.push(Row { gpu_busy, ..Row::new(&loaded, "tg", n, depth, rates) });
+            let costs: Vec<f64> = session.hand_overs().iter().map(handoff_cost).collect();
+            let handoff = if costs.is_empty() { None } else { Some((median(&costs), costs.len())) };
+            let experts_on_gpu = session.expert_uses().since(uses).share();
+            rows.push(Row { gpu_busy, handoff, experts_on_gpu, ..Row::new(&loaded, "tg", n, depth, rates) });
         }
     }
     let memory = load::memory(&loaded.engine, &session)?;
-    report(&args, &loaded, &rows, &memory)
+    report(&args, &loaded, &rows, &memory)?;
+    if let Some((mut file, format)) = trace {
+        let step = median_step(&mut session, &noise_tokens(prompt - 1, n_vocab))?;
+        let (title, notes) =
+            (format!("{}: one token", loaded.engine.plan().model), trace_notes(&loaded, &step, prompt));
+        let picture = match format {
+            Format::Svg => timeline::svg(&step, &title, &notes),
+            Format::Html => timeline::html(&step, &title, &notes),
+        };
+        file.write_all(picture.as_bytes()).context("cannot write the trace")?;
+        let figures: Vec<String> = timeline::figures(&step).iter().map(|(what, n)| format!("{what} {n}")).collect();
+        eprintln!("trace: {}", figures.join(" | "));
+    }
+    Ok(())
+}
+
+/// The file that a trace goes to, and as what.
+fn open_trace(path: &Path) -> anyhow::Result<(std::fs::File, Format)> {
+    let format = Format::of(path).map_err(usage)?;
+    let file = std::fs::File::create(path).with_context(|| format!("{}: cannot write a trace here", path.display()))?;
+    Ok((file, format))
+}
+
+/// Of some steps after `depth` the one that took the median time.
+fn median_step(session: &mut Session, depth: &[u32]) -> anyhow::Result<StepTrace> {
+    let (mut tokens, options, mut steps) = (depth.to_vec(), SamplerOptions::default(), Vec::new());
+    session.clear();
+    session.feed(&tokens, &|| false)?;
+    tokens.push(0);
+    while steps.len() < TRACED_STEPS && tokens.len() < session.n_ctx() {
+        let busy = session.busy_seconds()?;
+        let next = if session.start(&tokens, &options)? {
+            session.finish()?
+        } else {
+            session.feed(&tokens, &|| false)?;
+            0
+        };
+        tokens.push(next);
+        steps.extend(session.trace(busy)?);
+    }
+    steps.sort_by(|a, b| a.step.total_cmp(&b.step));
+    anyhow::ensure!(!steps.is_empty(), "the context has no room for a step to trace; raise --ctx");
+    Ok(steps.swap_remove(steps.len() / 2))
+}
+
+/// The small print of a trace.
+fn trace_notes(loaded: &Loaded, step: &StepTrace, depth: usize) -> Vec<String> {
+    let (plan, host) = (loaded.engine.plan(), &loaded.machine.host);
+    let gpus: Vec<&str> =
+        plan.limits.iter().filter(|l| l.device != plan::Device::Cpu).map(|l| l.name.as_str()).collect();
+    vec![
+        format!(
+            "{}, {}, {} threads; after {depth} tokens; {}",
+            gpus.join(", "),
+            host.cpu,
+            plan.threads,
+            *super::VERSION
+        ),
+        format!(
+            "Milliseconds after the GPU's first kernel, each side by its own clock; the two agree within {:.1} µs. A hand-over costs what it takes beyond the longer of both shares.",
+            step.clock_error
+        ),
+    ]
 }
 
 impl Row {
@@ -186,14 +273,36 @@ impl Row {
         let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth);
         if kind == "pp" {
             let predicted = rates_at(n).map(|r| r.1).filter(|_| depth == 0);
-            return Self { test, depth, tokens: n, rates, median, predicted, read: None, gpu_busy: None };
+            return Self {
+                test,
+                depth,
+                tokens: n,
+                rates,
+                median,
+                predicted,
+                read: None,
+                gpu_busy: None,
+                handoff: None,
+                experts_on_gpu: None,
+            };
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
         let gb_per_s = bytes_per_token as f64 * median * 1e-9;
         let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
         let predicted = rates_at(depth + n / 2).map(|r| r.0);
-        Self { test, depth, tokens: n, rates, median, predicted, read, gpu_busy: None }
+        Self {
+            test,
+            depth,
+            tokens: n,
+            rates,
+            median,
+            predicted,
+            read,
+            gpu_busy: None,
+            handoff: None,
+            experts_on_gpu: None,
+        }
     }
 
     /// Lowest and highest rate.
@@ -261,6 +370,16 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) ->
     out.extend(cells.iter().map(|c| line(c)));
     writeln!(std::io::stdout(), "{}\n", plan.model)?;
     writeln!(std::io::stdout(), "{}\n", out.join("\n"))?;
+    for row in rows {
+        if let Some((us, n)) = row.handoff {
+            writeln!(std::io::stdout(), "{}: {n} hand-offs a token, {us:.1} us each", row.test)?;
+        }
+    }
+    for row in rows {
+        if let Some(share) = row.experts_on_gpu {
+            writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses", row.test, 100.0 * share)?;
+        }
+    }
     let peak = peak.map_or(String::new(), |b| format!(", peak memory {:.2} GiB", b as f64 / (1u64 << 30) as f64));
     writeln!(
         std::io::stdout(),

@@ -1,6 +1,6 @@
 //! One generation: feed the prompt, sample, stream complete text, stop.
 
-use crate::engine::{Error, Session};
+use crate::engine::{Error, ExpertUses, Session};
 use crate::text::{Sampler, TextStream, Tokenizer};
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ pub struct Generated {
     pub n_steps: usize,
     /// Time of those steps.
     pub step_time: Duration,
+    /// Uses of experts in those steps.
+    pub expert_uses: ExpertUses,
 }
 
 /// What bounds a generation.
@@ -69,7 +71,7 @@ pub fn generate(
     let mut stream = TextStream::new(limits.stops.to_vec());
     let (mut text, mut piece) = (String::new(), String::new());
     let (mut n_prompt, mut prompt_time, mut n_steps) = (0, Duration::ZERO, 0);
-    let start = Instant::now();
+    let (start, uses) = (Instant::now(), session.expert_uses());
     let stop = 'generation: {
         n_prompt = match session.feed(&prefix, limits.interrupted) {
             Ok(n_new) => n_new,
@@ -113,6 +115,7 @@ pub fn generate(
         }
     };
     let step_time = start.elapsed().saturating_sub(prompt_time);
+    let expert_uses = session.expert_uses().since(uses);
     if stop != StopReason::StopString {
         piece.clear();
         stream.finish(&mut piece);
@@ -121,5 +124,14 @@ pub fn generate(
             text.push_str(&piece);
         }
     }
-    Ok(Generated { tokens: prefix.split_off(prompt.len()), text, stop, n_prompt, prompt_time, n_steps, step_time })
+    Ok(Generated {
+        tokens: prefix.split_off(prompt.len()),
+        text,
+        stop,
+        n_prompt,
+        prompt_time,
+        n_steps,
+        step_time,
+        expert_uses,
+    })
 }

@@ -10,6 +10,7 @@ mod logits;
 pub mod plan;
 pub mod probe;
 mod run;
+mod timeline;
 pub mod wishes;
 
 use clap::builder::Resettable;

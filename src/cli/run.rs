@@ -294,6 +294,8 @@ struct Summary<'a> {
     predicted_generate_tok_s: f64,
     gb_per_s: f64,
     bandwidth_share: f64,
+    /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had.
+    experts_on_gpu: Option<f64>,
     text: &'a str,
 }
 
@@ -313,6 +315,7 @@ impl<'a> Summary<'a> {
             predicted_generate_tok_s: plan.prediction.generate_tok_s,
             gb_per_s: generate_tok_s * plan::token_bytes(model, plan, n_past) as f64 * 1e-9,
             bandwidth_share: generate_tok_s * plan::token_roof_seconds(model, plan, &loaded.machine, n_past),
+            experts_on_gpu: generated.expert_uses.share(),
             text: &generated.text,
         }
     }
@@ -333,9 +336,11 @@ fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, session: &Sessi
         StopReason::Context => " | the context is full (--ctx)",
         StopReason::Interrupted => " | interrupted",
     };
+    let experts = summary.experts_on_gpu.map(|share| format!(" | experts on the GPU: {:.1} % of uses", 100.0 * share));
+    let experts = experts.unwrap_or_default();
     eprintln!(
         "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s (predicted {:.1}) | {:.1} GB/s, {:.0} % of \
-         the bandwidth{ended}",
+         the bandwidth{experts}{ended}",
         summary.load_s,
         summary.prompt_tokens,
         summary.prompt_tok_s,

@@ -50,6 +50,15 @@ impl From<KvDtypeArg> for KvDtype {
     }
 }
 
+/// An option that is on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
 /// Options that decide a plan.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Plan")]
@@ -72,6 +81,9 @@ pub struct WishArgs {
     /// CPU worker threads [default: physical cores that this process may use]
     #[arg(long, env = "TANDEM_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Whether a mixture's experts on the GPU follow the routing, where main memory has room for all [default: on]
+    #[arg(long, env = "TANDEM_EXPERT_CACHE", value_name = "on|off")]
+    pub expert_cache: Option<Switch>,
     /// Place blocks by name: 'blk.(0-9).ffn=cpu', 'blk.*.moe=cuda0:25%', 'head=cpu'; can be repeated, later ones win
     #[arg(long, env = "TANDEM_PLACE", value_name = "RULE", value_delimiter = ';', value_parser = PlaceRule::parse)]
     pub place: Vec<PlaceRule>,
@@ -103,6 +115,7 @@ impl WishArgs {
             all_logits: false,
             threads: self.threads.map(|n| n as usize),
             workload,
+            expert_cache: self.expert_cache != Some(Switch::Off),
             place: self.place.clone(),
             gpu_layers: self.gpu_layers,
         }

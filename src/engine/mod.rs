@@ -1,11 +1,15 @@
 //! The engine: what a plan says, loaded. [`Engine`] is immutable once loaded; a [`Session`] is one mutable
 //! timeline over it. It refuses plans that name a device it does not have and batches that do not fit.
 
+mod experts;
 mod session;
 mod step;
+mod trace;
 
+pub use experts::ExpertUses;
 pub use session::Session;
 pub use step::{DeviceOptions, Engine, Snapshot, States};
+pub use trace::{Activity, Span, StepTrace, handoff_cost};
 
 /// What can go wrong while loading weights or running a step.
 #[derive(Debug, thiserror::Error)]

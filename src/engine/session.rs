@@ -4,7 +4,8 @@
 //! timeline continues from the longest copy that it shares.
 
 use super::step::Snapshot;
-use super::{Engine, Error, States};
+use super::{Engine, Error, ExpertUses, States, StepTrace};
+use tandem_cuda::handoff::Times;
 use tandem_spec::{Batch, SamplerOptions};
 
 /// Tokens between the copy of a prompt and its end. Templates end a prompt with the beginning of the answer, which
@@ -130,6 +131,24 @@ impl<'e> Session<'e> {
     /// What the device says.
     pub fn busy_seconds(&self) -> Result<f64, Error> {
         self.engine.busy_seconds(&self.states)
+    }
+
+    /// Uses of routed experts that a GPU shares with the CPU, in steps of single tokens of all sessions of the engine.
+    pub fn expert_uses(&self) -> ExpertUses {
+        self.engine.expert_uses()
+    }
+
+    /// The hand-overs between the GPU and the CPU workers in the last step.
+    pub fn hand_overs(&self) -> Vec<Times> {
+        self.engine.hand_overs(&self.states)
+    }
+
+    /// The last step that was started and finished: see [`Engine::trace`].
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn trace(&self, busy_before: f64) -> Result<Option<StepTrace>, Error> {
+        self.engine.trace(&self.states, busy_before)
     }
 
     /// Computes `tokens`, which follow the timeline, in batches; the logits of the last one if they are `wanted`.

@@ -1,13 +1,17 @@
 //! One step: the blocks of the model, in order, each on the device where the plan put it. Where the CPU has a part in
 //! what a GPU does, both work at the same time: the GPU's launches are queued, the workers serve its hand-overs.
 
-use super::Error;
+use super::experts::{ExpertUses, Experts, Layer};
+use super::{Error, StepTrace};
 use crate::plan::{Device, Plan, Pool, Run, Runs};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
+use tandem_cuda::experts::HostExperts;
+use tandem_cuda::handoff::Times;
 use tandem_cuda::{Feed, HostShare, Streamed};
 use tandem_spec::{Batch, Block, Model, SamplerOptions, Sequence, StateBytes, TensorSource};
 
@@ -28,6 +32,8 @@ pub struct Engine {
     cpu: Option<tandem_cpu::Backend>,
     gpus: Vec<(Device, tandem_cuda::Backend)>,
     runs: Vec<Run>,
+    /// Which experts lie on the GPUs, and their uses.
+    experts: Mutex<Experts>,
 }
 
 /// Everything that changes while an engine runs: KV rows and GDN states by slot, and the buffers of a step.
@@ -46,17 +52,32 @@ pub struct Snapshot {
 
 /// A GPU and the CPU workers in a step of both.
 struct Meeting<'a> {
+    engine: &'a Engine,
     gpu: &'a tandem_cuda::Backend,
     mailbox: &'a tandem_cuda::Mailbox,
-    /// Where the step's hand-overs begin, and its tokens.
+    tasks: &'a [Task],
+    batch: &'a Batch,
+    /// Where the step's hand-overs begin.
     base: u32,
-    n_tokens: usize,
 }
 
-impl<'a> Meeting<'a> {
-    fn new(gpu: &'a tandem_cuda::Backend, mailbox: &'a tandem_cuda::Mailbox, n_tokens: usize) -> Self {
-        Self { gpu, mailbox, base: mailbox.begin(), n_tokens }
+impl Meeting<'_> {
+    /// Notes the experts that were handed over with `task`, if any were.
+    fn note_experts(&self, task: &Task) {
+        let Block::Moe(b) = &self.engine.model.blocks[task.blocks.start] else { return };
+        let (n, memory) = (self.batch.tokens.len() * b.shape.n_used, self.memory());
+        if task.is_share {
+            assert!(n <= memory.n_choices);
+            // SAFETY: in bounds; the GPU leaves them alone until the answer.
+            let ids = unsafe { std::slice::from_raw_parts(memory.ids, n) };
+            self.engine.experts().note(task.blocks.start, ids, is_decode(self.batch));
+        }
     }
+}
+
+/// Whether every sequence of the batch has one token.
+fn is_decode(batch: &Batch) -> bool {
+    batch.tokens.len() == batch.sequences.len()
 }
 
 // SAFETY: the mailbox lives as long as the meeting, and the GPU leaves it alone between `wait` and `post`.
@@ -67,7 +88,11 @@ unsafe impl Handoff for Meeting<'_> {
     }
 
     fn wait(&self, task: usize) -> bool {
-        self.mailbox.wait(self.base, task, self.n_tokens, &|| self.gpu.is_alive())
+        let is_there = self.mailbox.wait(self.base, task, self.batch.tokens.len(), &|| self.gpu.is_alive());
+        if is_there {
+            self.note_experts(&self.tasks[task]);
+        }
+        is_there
     }
 
     fn post(&self, task: usize) {
@@ -100,15 +125,15 @@ impl Engine {
         plan.check(&model).map_err(Error::Batch)?;
         let Runs { runs, gpus: host_tasks } = Runs::new(&plan.places);
         let (mut cpu, mut gpus, mut done) = (None::<tandem_cpu::Backend>, Vec::new(), 0);
+        let mut layers = Vec::new();
         for device in plan.devices() {
-            let whole = &model;
-            let (model, indices) = plan.shares(whole, device);
+            let (shares, indices) = plan.shares(&model, device);
             let before = done;
             match device {
                 Device::Cpu => {
                     let options = tandem_cpu::Options { threads: plan.threads, isa: options.isa };
                     let (progress, start) = (|n| progress(before + n), Instant::now());
-                    let backend = tandem_cpu::Backend::load(&model, &indices, source, options, &progress)?;
+                    let backend = tandem_cpu::Backend::load(&shares, &indices, source, options, &progress)?;
                     let (seconds, gb) = (start.elapsed().as_secs_f64(), backend.weight_bytes() as f64 * 1e-9);
                     tracing::info!(
                         "{device}: {gb:.2} GB of weights loaded in {seconds:.2} s, {:.1} GB/s",
@@ -121,17 +146,18 @@ impl Engine {
                     let gpu = std::sync::Arc::new(tandem_cuda::Device::open(ordinal)?);
                     let compiler =
                         tandem_cuda::Compiler::new(options.cuda_libs.as_deref(), options.cubin_cache.clone())?;
-                    let blocks: Vec<Block<_>> = indices.iter().map(|&i| model.blocks[i].clone()).collect();
+                    let blocks: Vec<Block<_>> = indices.iter().map(|&i| shares.blocks[i].clone()).collect();
                     let (n_slots, n_ctx, n_batch) = (plan.n_slots, plan.n_ctx, plan.n_batch);
                     let sizes = tandem_cuda::Options { n_slots, n_ctx, n_batch, kv: plan.kv_dtype };
                     let mut tell = |n: usize, _| progress(before + n as u64);
                     // The GPU reads the panels that the CPU, which comes first, has packed for itself.
-                    let shares = plan.streamed(whole, device).into_iter().map(|(i, share)| HostShare {
+                    let streamed = plan.streamed(&model, device).into_iter().map(|(i, share)| HostShare {
                         block: indices.iter().position(|&j| j == i).expect("its home is here"),
                         share,
                         panels: cpu.as_ref().expect("it has shares").panels(i),
                     });
-                    let streamed = Streamed { from: plan.stream_from.unwrap_or(usize::MAX), shares: shares.collect() };
+                    let from = plan.stream_from.unwrap_or(usize::MAX);
+                    let streamed = Streamed { from, shares: streamed.collect() };
                     let backend = tandem_cuda::Backend::load_streaming(
                         &gpu, compiler, &blocks, streamed, source, &sizes, &mut tell,
                     )?;
@@ -144,11 +170,43 @@ impl Engine {
                         gb / times.upload_s
                     );
                     let (_, tasks) = host_tasks.iter().find(|(d, _)| *d == device).expect("a device of the plan");
-                    gpus.push((device, backend.with_host_tasks(tasks.clone())));
+                    let mut changing = Vec::new();
+                    for (local, &i) in indices.iter().enumerate() {
+                        let (Block::Moe(b), [home, _]) = (&model.blocks[i], &plan.places[i][..]) else { continue };
+                        let changes = plan.has_changing_experts(&model, i);
+                        if let Some(cpu) = cpu.as_ref().filter(|_| changes) {
+                            changing.push(HostExperts { block: local, panels: cpu.panels(i) });
+                        }
+                        let bytes = changes.then(|| tandem_cuda::experts::slot_bytes(b) as u64);
+                        layers.push(Layer::new(i, gpus.len(), local, b.shape.n_experts, home.part.clone(), bytes));
+                    }
+                    gpus.push((device, backend.with_host_tasks(tasks.clone()).with_expert_cache(changing)?));
                 }
             }
         }
-        Ok(Self { model, plan, cpu, gpus, runs })
+        Ok(Self { model, plan, cpu, gpus, runs, experts: Mutex::new(Experts::new(layers)) })
+    }
+
+    fn experts(&self) -> std::sync::MutexGuard<'_, Experts> {
+        self.experts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Uses of routed experts in steps of single tokens so far.
+    pub fn expert_uses(&self) -> ExpertUses {
+        self.experts().uses()
+    }
+
+    /// Experts come to GPUs whose CPU has them too, after a batch of `n_tokens` whose routing is known: what this
+    /// queues comes after the step that is under way, whose last blocks hide the time that it takes here.
+    fn exchange_experts(&self, n_tokens: usize) -> Result<(), Error> {
+        for (i, (_, gpu)) in self.gpus.iter().enumerate() {
+            gpu.streamed_uses(&mut |local, counts| self.experts().note_counts(i, local, counts))?;
+        }
+        self.experts().pass(n_tokens);
+        for (i, (_, gpu)) in self.gpus.iter().enumerate() {
+            gpu.exchange_experts(|| self.experts().exchanges(i))?;
+        }
+        Ok(())
     }
 
     /// The model's description.
@@ -189,6 +247,9 @@ impl Engine {
             all.extend(of_state(*device, state.by_use()));
             all.push((*device, Pool::Staging, gpu.stream_bytes() as u64));
             all.push((*device, Pool::Staging, upload.saturating_sub(state.bytes() as u64)));
+            let (staging, counts) = gpu.expert_bytes();
+            all.push((*device, Pool::Staging, staging as u64));
+            all.push((Device::Cpu, Pool::Pinned, counts as u64));
             all.push((Device::Cpu, Pool::Pinned, state.pinned_bytes() as u64));
         }
         if !self.gpus.is_empty() {
@@ -236,7 +297,7 @@ impl Engine {
         }
         let n_embd = self.model.n_embd;
         states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
-        let is_decode = batch.wanted.len() == batch.sequences.len() && batch.tokens.len() == batch.sequences.len();
+        let is_decode = batch.wanted.len() == batch.sequences.len() && is_decode(batch);
         if let ([Run::Gpu { tasks, .. }], true) = (&self.runs[..], is_decode) {
             let gpu = &self.gpus[0].1;
             let feed = |(s, &token): (&Sequence, &u32)| Feed { slot: s.slot, position: s.position, token };
@@ -244,6 +305,7 @@ impl Engine {
             let greedy = SamplerOptions::greedy();
             gpu.launch(&mut states.gpus[0], &feeds, &vec![(&greedy, &[][..]); feeds.len()])?;
             self.serve(tasks, batch, states)?;
+            self.exchange_experts(feeds.len())?;
             gpu.wait(&mut states.gpus[0])?;
             if gpu.has_head() {
                 gpu.logits(&states.gpus[0], &mut states.logits)?;
@@ -271,7 +333,18 @@ impl Engine {
                 }
             }
         }
+        self.exchange_experts(batch.tokens.len())?;
         Ok(&states.logits)
+    }
+
+    fn meeting<'a>(
+        &'a self,
+        gpu: &'a tandem_cuda::Backend,
+        mailbox: &'a tandem_cuda::Mailbox,
+        tasks: &'a [Task],
+        batch: &'a Batch,
+    ) -> Meeting<'a> {
+        Meeting { engine: self, gpu, mailbox, tasks, batch, base: mailbox.begin() }
     }
 
     /// The CPU's part of a step that the one GPU has begun.
@@ -280,7 +353,7 @@ impl Engine {
         let (Some(cpu), Some(mailbox)) = (&self.cpu, gpus[0].mailbox()) else { return Ok(()) };
         let gpu = &self.gpus[0].1;
         let abort = AbortOnDrop(mailbox);
-        match cpu.serve(tasks, batch, state, &Meeting::new(gpu, mailbox, batch.tokens.len()), logits) {
+        match cpu.serve(tasks, batch, state, &self.meeting(gpu, mailbox, tasks, batch), logits) {
             Ok(true) => std::mem::forget(abort),
             Ok(false) => {} // the GPU says so when it is waited for
             Err(error) => {
@@ -310,7 +383,7 @@ impl Engine {
         let has_head = tasks.last().is_some_and(|t| t.blocks.end == self.model.blocks.len()) && !backend.has_head();
         let (cpu_logits, gpu_logits) =
             if has_head { (&mut logits[..], &mut [][..]) } else { (&mut [][..], &mut logits[..]) };
-        let meeting = Meeting::new(backend, &mailbox, batch.tokens.len());
+        let meeting = self.meeting(backend, &mailbox, tasks, batch);
         let (queued, served) = std::thread::scope(|scope| {
             let workers = scope.spawn(|| {
                 let abort = AbortOnDrop(&mailbox);
@@ -359,6 +432,7 @@ impl Engine {
         gpu.launch(&mut states.gpus[0], &[feed], &[(options, prefix)])?;
         let batch = Batch::single(slot, position, &prefix[position..], false);
         self.serve(tasks, &batch, states)?;
+        self.exchange_experts(1)?;
         Ok(true)
     }
 
@@ -368,6 +442,48 @@ impl Engine {
     /// A device that failed; logits that no token can be chosen from.
     pub fn finish(&self, states: &mut States) -> Result<u32, Error> {
         Ok(self.gpus[0].1.wait(&mut states.gpus[0])?[0])
+    }
+
+    /// The hand-overs between the GPU and the CPU workers in the last decode step; empty where a plan has none, or
+    /// several GPUs.
+    pub fn hand_overs(&self, states: &States) -> Vec<Times> {
+        let ([Run::Gpu { tasks, .. }], [state]) = (&self.runs[..], &states.gpus[..]) else { return Vec::new() };
+        state.mailbox().map_or(Vec::new(), |mailbox| mailbox.times(tasks.len()))
+    }
+
+    /// Whether decode steps are of one GPU and the CPU workers, so that [`Engine::trace`] has something to show.
+    pub fn can_trace(&self) -> bool {
+        matches!(&self.runs[..], [Run::Gpu { tasks, .. }] if !tasks.is_empty())
+    }
+
+    /// The last decode step of one token, if it began when GPUs had been at work for `busy_before` seconds
+    /// ([`Engine::busy_seconds`]); `None` where no hand-overs were kept.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn trace(&self, states: &States, busy_before: f64) -> Result<Option<StepTrace>, Error> {
+        let times = self.hand_overs(states);
+        let ([Run::Gpu { tasks, .. }], [(device, gpu)]) = (&self.runs[..], &self.gpus[..]) else { return Ok(None) };
+        if times.is_empty() || times.len() < tasks.len() {
+            return Ok(None);
+        }
+        let busy = self.busy_seconds(states)? - busy_before;
+        let nanoseconds = gpu.has_head().then(|| (busy * 1e9).round() as u64);
+        let here: Vec<usize> =
+            (0..self.model.blocks.len()).filter(|&i| self.plan.places[i][0].device == *device).collect();
+        let name = |i: usize| self.model.blocks[i].name();
+        let names = |blocks: &[usize]| blocks.iter().map(|&i| name(i)).collect::<Vec<_>>().join(", ");
+        let (mut alone, mut shared, mut served, mut next) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for task in tasks {
+            let at = here.partition_point(|&i| i < task.blocks.start);
+            alone.push(names(&here[next..at]));
+            shared.push(if task.is_share { name(task.blocks.start) } else { String::new() });
+            served.push(task.blocks.clone().map(name).collect::<Vec<_>>().join(", "));
+            next = at + usize::from(task.is_share);
+        }
+        alone.push(names(&here[next..]));
+        let started = gpu.started(&states.gpus[0])?;
+        Ok(Some(StepTrace::new(&times, started, nanoseconds, &alone, &shared, &served)))
     }
 
     /// Seconds that GPUs were at work in the steps that were started here, first to last kernel.

@@ -1,7 +1,7 @@
 //! The account: every byte that a plan takes, by device and pool. Sizes of packed weights, states, scratch and staging
 //! are the backends' to say, about the same shares of blocks that they load; this is the one place that asks.
 
-use super::{Device, Limit, Place, Runs, Share};
+use super::{Device, Limit, Place, Runs};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use tandem_cpu::{Isa, StateSize};
@@ -110,6 +110,8 @@ pub(super) struct Sizes {
     pub threads: usize,
     /// Whether host weights are streamed to the GPU for prompts.
     pub stream: bool,
+    /// Whether the CPU keeps the experts that a GPU has too, so that these can change.
+    pub expert_cache: bool,
 }
 
 /// What the account needs to know of a GPU.
@@ -134,32 +136,48 @@ impl GpuSize {
     }
 }
 
+/// Whether the experts of `block` on its GPU can change: some are there, others are not, and no number belongs to each.
+pub(super) fn has_changing_experts(block: &Block<Weight>, place: &Place) -> bool {
+    let Block::Moe(b) = block else { return false };
+    let has_scale = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps].iter().any(|l| l.scale.is_some());
+    place.len() > 1 && !place[0].part.is_empty() && !has_scale
+}
+
+/// The part of `block` whose weights its share number `nth` holds.
+fn held(block: &Block<Weight>, place: &Place, nth: usize, expert_cache: bool) -> std::ops::Range<usize> {
+    match expert_cache && nth > 0 && has_changing_experts(block, place) {
+        true => 0..super::n_parts(block),
+        false => place[nth].part.clone(),
+    }
+}
+
 /// The model as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
-pub(super) fn shares(model: &Model, places: &[Place], device: Device) -> (Model, Vec<usize>) {
+pub(super) fn shares(model: &Model, places: &[Place], device: Device, expert_cache: bool) -> (Model, Vec<usize>) {
     let mut model = model.clone();
     let mut indices = Vec::new();
     for (i, place) in places.iter().enumerate() {
         if let Some(nth) = place.iter().position(|s| s.device == device) {
-            model.blocks[i] = model.blocks[i].share(place[nth].part.clone(), nth == 0);
+            let block = &model.blocks[i];
+            model.blocks[i] = block.share(held(block, place, nth, expert_cache), nth == 0);
             indices.push(i);
         }
     }
     (model, indices)
 }
 
-/// The CPU's share of a block at `place`, if the block's GPU can stream it.
-pub(super) fn streamed_share(block: &Block<Weight>, place: &Place, isa: Isa) -> Option<Block<Weight>> {
+/// What the CPU has of a block at `place`, if the block's GPU can stream it.
+pub(super) fn streamed_share(block: &Block<Weight>, place: &Place, sizes: &Sizes) -> Option<Block<Weight>> {
     let [home, other] = &place[..] else { return None };
-    let share = block.share(other.part.clone(), false);
+    let share = block.share(held(block, place, 1, sizes.expert_cache), false);
     let is_streamed = home.device != Device::Cpu && other.device == Device::Cpu;
-    (is_streamed && tandem_cuda::can_stream(&share, tandem_cpu::panel_rows(isa))).then_some(share)
+    (is_streamed && tandem_cuda::can_stream(&share, tandem_cpu::panel_rows(sizes.isa))).then_some(share)
 }
 
 /// The shares that `gpu` streams for large batches, with the indices of their blocks.
 pub(super) fn streamed(model: &Model, places: &[Place], gpu: Device, sizes: &Sizes) -> Vec<(usize, Block<Weight>)> {
     let all = model.blocks.iter().zip(places).enumerate().filter(|_| sizes.stream);
     let here = all.filter(|(_, (_, place))| place[0].device == gpu);
-    here.filter_map(|(i, (block, place))| Some((i, streamed_share(block, place, sizes.isa)?))).collect()
+    here.filter_map(|(i, (block, place))| Some((i, streamed_share(block, place, sizes)?))).collect()
 }
 
 /// Bytes of a GPU's buffers for streamed shares.
@@ -253,13 +271,13 @@ pub(super) fn is_tied(model: &Model) -> bool {
     model.blocks.len() > 1 && first.is_some() && first == last
 }
 
-/// Entries of one share of block `index`: weights, keys and values, states, and on a GPU logits.
-pub(super) fn share_entries(model: &Model, index: usize, share: &Share, home: bool, sizes: &Sizes) -> Vec<Entry> {
-    let device = share.device;
+/// Entries of share number `nth` of block `index` at `place`: weights, keys and values, states, and on a GPU logits.
+pub(super) fn share_entries(model: &Model, index: usize, place: &Place, nth: usize, sizes: &Sizes) -> Vec<Entry> {
+    let device = place[nth].device;
     let entry = |pool, name: &str, bytes| Entry { device, pool, name: name.into(), block: Some(index), bytes };
     let block = &model.blocks[index];
     let mut entries = Vec::new();
-    let part = block.share(share.part.clone(), home);
+    let part = block.share(held(block, place, nth, sizes.expert_cache), nth == 0);
     match device {
         Device::Cpu => tandem_cpu::for_each_weight(&part, sizes.isa, &mut |w, bytes| {
             entries.push(entry(Pool::Weights, &w.name, bytes));
@@ -303,6 +321,32 @@ pub(super) fn mailbox_entry(model: &Model, blocks: &[usize], gpu: Device, sizes:
     Entry { device: Device::Cpu, pool: Pool::Pinned, name, block: None, bytes }
 }
 
+/// What it takes so that the experts of the mixtures `blocks`, which a GPU shares with the CPU, can change: what they
+/// pass through on their way, the page tables of the CPU's copy, which is pinned (8 bytes for 4 KiB), and in main memory
+/// the counts of their uses.
+pub(super) fn exchange_entries<'b>(
+    blocks: impl Iterator<Item = &'b Block<Weight>>,
+    gpu: Device,
+    sizes: &Sizes,
+) -> Vec<Entry> {
+    let (mut staging, mut pinned, mut counts) = (0, 0, 0);
+    for block in blocks.filter(|_| sizes.expert_cache) {
+        let Block::Moe(b) = block else { continue };
+        staging = staging.max(tandem_cuda::experts::staging_bytes(b, |w| w.ty) as u64);
+        pinned += tandem_cuda::experts::slot_bytes(b) as u64 * b.shape.n_experts as u64;
+        counts += tandem_cuda::experts::count_bytes(b) as u64;
+    }
+    let mut all = entries(Device::Cpu, vec![(Pool::Pinned, "uses of experts", counts)]);
+    all.extend(entries(
+        gpu,
+        vec![
+            (Pool::Staging, "experts on their way", staging),
+            (Pool::Driver, "page tables of pinned experts", pinned / 512),
+        ],
+    ));
+    all
+}
+
 /// Entries of a GPU beside its blocks. `state` is everything that its states take, allocated after loading, `staging`
 /// what streamed shares take.
 pub(super) fn gpu_entries(device: Device, gpu: GpuSize, scratch: u64, state: u64, staging: u64) -> Vec<Entry> {
@@ -333,7 +377,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     let meets: Vec<Device> = with_tasks.map(|(device, _)| device).collect();
     let mut entries = Vec::new();
     for device in std::iter::once(Device::Cpu).chain(used.iter().copied()) {
-        let (shares, blocks) = shares(model, places, device);
+        let (shares, blocks) = shares(model, places, device, sizes.expert_cache);
         let gpu =
             if let Device::Cuda(i) = device { gpus.get(i).copied().unwrap_or_default() } else { GpuSize::default() };
         let streamed: Vec<_> = streamed(model, places, device, sizes).into_iter().map(|(_, share)| share).collect();
@@ -344,6 +388,12 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
         };
         if meets.contains(&device) {
             entries.push(mailbox_entry(model, &blocks, device, sizes));
+        }
+        if device != Device::Cpu {
+            let change =
+                |(b, place): &(&Block<Weight>, &Place)| place[0].device == device && has_changing_experts(b, place);
+            let blocks = model.blocks.iter().zip(places).filter(change).map(|(b, _)| b);
+            entries.extend(exchange_entries(blocks, device, sizes));
         }
         entries.extend(match device {
             Device::Cpu => host_entries(model, state.scratch, used.len(), sizes),
@@ -358,7 +408,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     let mut first_use: HashMap<Device, usize> = HashMap::new();
     for (i, place) in places.iter().enumerate() {
         for (nth, share) in place.iter().enumerate() {
-            let mut rows = share_entries(model, i, share, nth == 0, sizes);
+            let mut rows = share_entries(model, i, place, nth, sizes);
             if tied && i == 0 && share.device == places[places.len() - 1][0].device {
                 rows.iter_mut().for_each(|e| e.bytes = 0); // the head's copy serves the embedding
             }
@@ -373,7 +423,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     }
     // Copies of states lie in main memory, those of blocks on a GPU too.
     for device in std::iter::once(Device::Cpu).chain(used) {
-        let (mut shares, blocks) = shares(model, places, device);
+        let (mut shares, blocks) = shares(model, places, device, sizes.expert_cache);
         shares.blocks = blocks.iter().map(|&i| shares.blocks[i].clone()).collect();
         let bytes = sizes.n_snapshots as u64 * snapshot_bytes(&shares, device, sizes);
         if bytes > 0 {

@@ -24,6 +24,8 @@ const BATCHES: [usize; 3] = [512, 2048, 8192];
 const STREAM_BATCHES: [usize; 4] = [512, 1024, 2048, 8192];
 /// Placements timed per order of moves, divided by the number of GPUs; longer orders are walked in equal strides.
 const MAX_STEPS: usize = 2000;
+/// How much slower, by the predicted times, a plan may be whose experts follow the routing.
+const EXPERT_CACHE_WORTH: f64 = 1.02;
 
 /// How far a block has moved to the GPU: 0 not at all, `max_level` wholly.
 type Level = usize;
@@ -269,19 +271,24 @@ impl<'a> Problem<'a> {
             isa: self.facts.host.isa,
             threads: self.threads,
             stream: false,
+            expert_cache: false,
         }
     }
 
     /// The fastest placement that fits.
     pub fn solve(&self) -> Result<Outcome, Refusal> {
-        let mut best: Option<(f64, Outcome)> = None;
+        let (mut cached, mut fixed): (Option<(f64, Outcome)>, Option<(f64, Outcome)>) = (None, None);
         let mut nearest: Option<Overflow> = None;
         for sizes in self.candidate_sizes() {
             let tables = Tables::new(self, sizes);
             for order in tables.orders() {
-                tables.walk(&order, &mut best, &mut nearest);
+                let best = if sizes.expert_cache { &mut cached } else { &mut fixed };
+                tables.walk(&order, best, &mut nearest);
             }
         }
+        // The times are those of uniform routing, of which experts that follow it gain nothing.
+        let is_slower = |(c, f): (&(f64, Outcome), &(f64, Outcome))| c.0 > EXPERT_CACHE_WORTH * f.0;
+        let best = if cached.as_ref().zip(fixed.as_ref()).is_some_and(is_slower) { fixed } else { cached.or(fixed) };
         match (best, nearest) {
             (Some((_, outcome)), _) => Ok(outcome),
             (None, Some(needs)) => Err(self.too_big(&needs)),
@@ -293,12 +300,17 @@ impl<'a> Problem<'a> {
     fn candidate_sizes(&self) -> Vec<Sizes> {
         let mut sizes = self.sizes();
         sizes.n_snapshots = bytes::n_snapshots(self.model, self.ram, &sizes);
+        let has_experts = self.model.blocks.iter().any(|b| matches!(b, Block::Moe(_)));
+        let caches: &[bool] =
+            if self.wishes.expert_cache && has_experts && !self.order.is_empty() { &[true, false] } else { &[false] };
         let with = |stream: bool, batches: &[usize]| -> Vec<Sizes> {
             let mut batches: Vec<usize> = batches.iter().map(|n| (*n).min(sizes.n_ctx)).collect();
             batches.dedup();
             let n_logits = |n_batch| if self.wishes.all_logits { n_batch } else { sizes.n_logits };
-            let of = |n_batch| Sizes { n_batch, n_logits: n_logits(n_batch), stream, ..sizes };
-            batches.into_iter().map(of).collect()
+            let both = batches.into_iter().flat_map(|n_batch| caches.iter().map(move |&cache| (n_batch, cache)));
+            let of =
+                |(n_batch, expert_cache)| Sizes { n_batch, n_logits: n_logits(n_batch), stream, expert_cache, ..sizes };
+            both.map(of).collect()
         };
         match self.wishes.n_batch {
             Some(n) if self.order.is_empty() => with(false, &[n]),
@@ -357,15 +369,19 @@ impl<'a> Tables<'a> {
         let sum = |entries: Vec<bytes::Entry>| entries.iter().map(|e| e.bytes).sum::<u64>();
         // Scratch as if every block ran there: an upper bound that does not depend on the placement.
         let all: Vec<usize> = (0..model.blocks.len()).collect();
+        let exchanges = bytes::exchange_entries(model.blocks.iter(), Device::Cuda(0), &sizes);
         let gpu_base = problem.facts.gpus.iter().map(|gpu| {
             let size = bytes::GpuSize { n_sms: gpu.n_sms, driver_bytes: gpu.driver_bytes };
             let scratch = bytes::scratch(model, Device::Cuda(0), gpu.n_sms, &all, &sizes);
             sum(bytes::gpu_entries(Device::Cuda(0), size, scratch, scratch, 0))
+                + bytes::total(&exchanges, Device::Cuda(0), None)
         });
         let gpu_base = gpu_base.collect();
         let host_base = |n| {
             let meet = n as u64 * bytes::mailbox_entry(model, &all, Device::Cuda(0), &sizes).bytes;
-            sum(bytes::host_entries(model, 0, n, &sizes)) + meet + bytes::most_snapshot_bytes(model, n > 0, &sizes)
+            let counts = if n > 0 { bytes::total(&exchanges, Device::Cpu, None) } else { 0 };
+            let snapshots = bytes::most_snapshot_bytes(model, n > 0, &sizes);
+            sum(bytes::host_entries(model, 0, n, &sizes)) + meet + counts + snapshots
         };
         let host_base: Vec<u64> = (0..=problem.order.len()).map(host_base).collect();
         type Class = Vec<(TensorType, usize, usize)>; // type, rows and columns of every weight
@@ -421,11 +437,10 @@ impl<'a> Tables<'a> {
             .map(|level| {
                 let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
                 let place = place(block, level, Device::Cuda(0));
-                let streamed =
-                    if self.sizes.stream { bytes::streamed_share(block, &place, self.sizes.isa) } else { None };
+                let streamed = if self.sizes.stream { bytes::streamed_share(block, &place, &self.sizes) } else { None };
                 cell.staging = streamed.as_ref().map(StagingBytes::of).unwrap_or_default();
                 for (nth, share) in place.iter().enumerate() {
-                    let entries = bytes::share_entries(model, index, share, nth == 0, &self.sizes);
+                    let entries = bytes::share_entries(model, index, &place, nth, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
                     let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
                     let (rates, side) = match share.device {

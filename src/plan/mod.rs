@@ -102,6 +102,10 @@ pub struct Plan {
     /// Batches of at least so many tokens stream the host's feed-forward weights to the GPU; `None`: never,
     /// and there are no buffers for it.
     pub stream_from: Option<usize>,
+    /// Whether main memory holds the routed experts that a GPU has too, so that those on the GPU follow the routing;
+    /// else each has one place.
+    #[serde(default)]
+    pub expert_cache: bool,
     /// Every byte, by device, pool and tensor.
     pub account: Vec<Entry>,
     /// What each device could give.
@@ -156,7 +160,7 @@ impl Plan {
 
     /// `model` as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
     pub fn shares(&self, model: &Model, device: Device) -> (Model, Vec<usize>) {
-        bytes::shares(model, &self.places, device)
+        bytes::shares(model, &self.places, device, self.expert_cache)
     }
 
     /// The CPU's shares of feed-forward blocks that `gpu` streams for batches of [`Plan::stream_from`] tokens and more,
@@ -172,6 +176,11 @@ impl Plan {
         let workload = Workload { prompt: depth, generate: 0 };
         let (token_s, prompt_s) = choose::retimed(self, model, facts, workload)?;
         Some((1.0 / token_s, depth as f64 / prompt_s))
+    }
+
+    /// Whether the experts that a GPU has of block `index` of `model` may change.
+    pub fn has_changing_experts(&self, model: &Model, index: usize) -> bool {
+        self.expert_cache && bytes::has_changing_experts(&model.blocks[index], &self.places[index])
     }
 
     /// Devices that the plan uses, the CPU first.
@@ -198,6 +207,7 @@ impl Plan {
             isa: self.isa,
             threads: self.threads,
             stream: self.stream_from.is_some(),
+            expert_cache: self.expert_cache,
         }
     }
 
@@ -404,6 +414,8 @@ pub struct Wishes {
     pub threads: Option<usize>,
     /// The run to plan for.
     pub workload: Workload,
+    /// Whether the experts on a GPU may follow the routing, where main memory has room for all of them.
+    pub expert_cache: bool,
     /// Placements, later ones win.
     pub place: Vec<PlaceRule>,
     /// The last so many layers go wholly to the GPU and the others to the CPU; the head counts as the last
@@ -423,6 +435,7 @@ impl Default for Wishes {
             all_logits: false,
             threads: None,
             workload: Workload::default(),
+            expert_cache: true,
             place: Vec::new(),
             gpu_layers: None,
         }

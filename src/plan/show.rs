@@ -137,6 +137,12 @@ pub fn text(plan: &Plan, model: &Model) -> String {
         }
         let _ = writeln!(line);
     }
+    if plan.expert_cache {
+        let _ = writeln!(
+            line,
+            "  main memory holds all experts: those on the GPU follow the routing; times are those of uniform routing"
+        );
+    }
     header(line, "memory", "");
     let row = |line: &mut String, name: &str, bytes: &dyn Fn(Device) -> u64| {
         if columns.iter().any(|d| bytes(*d) > 0) {

@@ -63,6 +63,7 @@ fn bad_files_are_refused_with_one_line() {
 #[test]
 fn wrong_usage_is_refused_with_code_2() {
     let model = golden("qwen35-f32.gguf");
+    let pure = concat!(env!("CARGO_TARGET_TMPDIR"), "/pure.svg");
     assert_refused(&["run", "--no-such-flag"], &[], 2, &["--no-such-flag"]);
     assert_eq!(tandem(&[], &[]).status.code(), Some(2), "no command at all");
     assert_refused(&["no-such-command"], &[], 2, &["no-such-command"]);
@@ -73,8 +74,19 @@ fn wrong_usage_is_refused_with_code_2() {
     assert_refused(&["run", "-p", "x", "--temp", "-1"], &[], 2, &["temp"]);
     assert_refused(&["run", "-p", "x", "--think", "on"], &[], 2, &["--think"]);
     assert_refused(&["run", "--no-template", "-p", ""], &[], 2, &["empty"]);
+    assert_refused(&["bench", "--trace", "step.png"], &[], 2, &["step.png", ".svg", ".html"]);
+    assert_refused(&["bench", "--vram", "0", "-n", "1", "--trace", pure], &[], 2, &["--trace", "CPU"]);
     assert_refused(&["logits", &model, "--tokens", "1,288"], &[], 2, &["288", "287"]);
     assert_refused(&["logits", &model, "--tokens", "1,2,3", "--ctx", "2"], &[], 2, &["3", "2"]);
+}
+
+/// A trace that cannot be written is refused before anything is planned or loaded.
+#[test]
+fn an_unwritable_trace_is_refused_first() {
+    let path = "no/such/folder/step.svg";
+    assert_refused(&["bench", "--trace", path], &[], 1, &[path, "cannot write"]);
+    let output = tandem(&["bench", "--trace", path], &[]);
+    assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "no plan was made");
 }
 
 /// Options that contradict each other are refused, where both come from the command line or both from the

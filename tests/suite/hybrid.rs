@@ -59,13 +59,14 @@ fn options() -> DeviceOptions {
     DeviceOptions { isa: Isa::detect(), cuda_libs, cubin_cache }
 }
 
-fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, n_batch: usize) -> Plan {
+fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, n_batch: usize, expert_cache: bool) -> Plan {
     let names: Vec<String> = model.blocks.iter().map(|b| b.name()).collect();
     let rules = [&["embed=cuda0", "blk.*=cuda0", "head=cuda0"], rules].concat();
     let rules = rules.iter().map(|r| PlaceRule::parse(r).unwrap());
     let place = rules.filter(|r| names.iter().any(|name| r.matches(name))).collect();
     let (n_ctx, n_batch, kv_dtype) = (Some(n_ctx), Some(n_batch), Some(KvDtype::F32));
-    let wishes = Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, ..Default::default() };
+    let wishes =
+        Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, expert_cache, ..Default::default() };
     plan::plan(model, machine, &wishes).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -103,7 +104,7 @@ fn shared_models_give_the_golden_logits() {
         for rules in SPLITS {
             let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
             let model = tandem::model::describe(&file).unwrap();
-            let plan = plan(&model, &machine, rules, 200, 200);
+            let plan = plan(&model, &machine, rules, 200, 200, true);
             let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
             check(&golden, &engine, &format!("{} {rules:?}", golden.name), &mut failed);
             n_checked += 1;
@@ -144,13 +145,18 @@ fn streamed_models_give_the_golden_logits() {
     let Some(machine) = machine().map(slow_host) else { return };
     let (mut failed, mut n_checked) = (Vec::new(), 0);
     for golden in golden_models() {
-        for rules in SHARES {
-            let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
-            let model = tandem::model::describe(&file).unwrap();
-            let plan = plan(&model, &machine, rules, 200, 200);
+        let file = File::open(&golden.path).unwrap_or_else(|e| panic!("{}: {e}", golden.name));
+        let model = tandem::model::describe(&file).unwrap();
+        let has_experts = model.blocks.iter().any(|b| matches!(b, tandem_spec::Block::Moe(_)));
+        for (rules, cache) in SHARES.iter().flat_map(|rules| [(rules, false), (rules, true)]) {
+            if cache && !has_experts {
+                continue;
+            }
+            let plan = plan(&model, &machine, rules, 200, 200, cache);
             assert_eq!(plan.stream_from, Some(16), "{} {rules:?}", golden.name);
-            let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
-            check(&golden, &engine, &format!("streamed {} {rules:?}", golden.name), &mut failed);
+            let engine =
+                Engine::load(model.clone(), plan, &options(), &file, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+            check(&golden, &engine, &format!("streamed {} {rules:?} cache {cache}", golden.name), &mut failed);
             n_checked += 1;
         }
     }
@@ -167,7 +173,7 @@ fn streamed_story_goes_on_with_the_shares_of_the_cpu() {
     let prompt: Vec<u32> = (0..70).map(|i| 40 + 7 * i).collect();
     let story = |rules: &[&str]| {
         let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256, 32);
+        let plan = plan(&model, &machine, rules, 256, 32, true);
         assert_eq!(plan.stream_from.is_some(), !rules.contains(&"blk.*=cpu"));
         let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
         greedy(&engine, &prompt, 60)
@@ -186,7 +192,7 @@ fn shared_story_is_the_story_of_the_cpu() {
     let prompt: Vec<u32> = (0..12).map(|i| 40 + 7 * i).collect();
     let story = |rules: &[&str]| {
         let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256, 256);
+        let plan = plan(&model, &machine, rules, 256, 256, true);
         let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
         greedy(&engine, &prompt, 200)
     };
@@ -207,4 +213,36 @@ fn shared_story_is_the_story_of_the_cpu() {
         let (shared, _) = story(&rules);
         same_text(&cpu, &margins, &shared, prompt.len(), &format!("run {i} {rules:?}"));
     }
+}
+
+/// A text whose routing repeats: with a cache the GPU has more of the experts that it uses than with a fixed share of
+/// the same size. That the logits stay those of the golden model is tested above.
+#[test]
+fn hot_experts_come_to_the_gpu() {
+    let Some(machine) = machine() else { return };
+    let mut n_checked = 0;
+    for golden in golden_models() {
+        let file = File::open(&golden.path).unwrap();
+        let model = tandem::model::describe(&file).unwrap();
+        if !model.blocks.iter().any(|b| matches!(b, tandem_spec::Block::Moe(_))) {
+            continue;
+        }
+        let uses = |expert_cache: bool| {
+            let plan = plan(&model, &machine, &["blk.*.moe=cuda0:25%"], 200, 200, expert_cache);
+            assert_eq!(plan.expert_cache, expert_cache);
+            let engine = Engine::load(model.clone(), plan, &options(), &file, &|_| {}).unwrap();
+            let mut session = Session::new(&engine).unwrap();
+            let tokens: Vec<u32> = (0..150).map(|i| 3 + i % 3).collect();
+            (1..tokens.len()).for_each(|n| {
+                session.feed(&tokens[..n], &|| false).unwrap();
+            });
+            session.expert_uses()
+        };
+        let (cached, fixed) = (uses(true), uses(false));
+        assert_eq!(cached.all, fixed.all);
+        println!("{}: {cached:?}, fixed {fixed:?}", golden.name);
+        assert!(cached.on_gpu > fixed.on_gpu, "{}: {cached:?}, fixed {fixed:?}", golden.name);
+        n_checked += 1;
+    }
+    assert!(n_checked > 0);
 }
