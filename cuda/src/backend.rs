@@ -138,7 +138,8 @@ enum Op {
     Embed(Embed),
     Attention(AttentionOp),
     DeltaNet(DeltaNetOp),
-    Ffn(FfnOp),
+    /// None where the block has no rows: all are streamed, or the CPU's.
+    Ffn(Option<FfnOp>),
     Moe(MoeOp),
     Head(HeadOp),
 }
@@ -156,7 +157,8 @@ impl Op {
                 Op::Attention(AttentionOp::new(linker, b, (constants.freq, constants.magnitude), options)?)
             }
             Block::DeltaNet(b) => Op::DeltaNet(DeltaNetOp::new(linker, b)?),
-            Block::Ffn(b) => Op::Ffn(FfnOp::new(linker, b)?),
+            Block::Ffn(b) if b.shape.n_ff == 0 => Op::Ffn(None),
+            Block::Ffn(b) => Op::Ffn(Some(FfnOp::new(linker, b)?)),
             Block::Moe(b) => Op::Moe(MoeOp::new(linker, b, constants.experts)?),
             Block::Head(b) => Op::Head(HeadOp::new(linker, b)?),
         })
@@ -179,7 +181,7 @@ impl Op {
             Op::Embed(op) => op.launch(step),
             Op::Attention(op) => op.launch(step),
             Op::DeltaNet(op) => op.launch(step),
-            Op::Ffn(op) => op.launch(step),
+            Op::Ffn(op) => op.as_ref().map_or(Ok(()), |op| op.launch(step)),
             Op::Moe(op) => op.choose(step).and_then(|()| op.add(step)),
             Op::Head(op) => op.launch(step, 0, step.n_wanted),
         }

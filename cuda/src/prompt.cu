@@ -113,12 +113,12 @@ struct RowTile {
 
 struct ExpertArgs {
     const float* logits;     // [n_tokens, n_experts] f32
-    const u64* table;        // [n_experts]: address of each expert's slot, 0: not on this GPU; expert_choose: null: all are
+    const u64* table;        // [n_experts]: address of each expert's slot, 0: not here; null (expert_choose): all are
     int* expert;             // [n_tokens, n_used]
     float* weight;           // [n_tokens, n_used] f32
     u64* slot;               // [n_tokens, n_used]: entries of the table
     int* token;              // [n_tokens * n_used]: token of a sorted row
-    int* row;                // [n_tokens, n_used]: sorted row of a choice, where its expert is here, among those of all
+    int* row;                // [n_tokens, n_used]: sorted row of a choice, where its expert is here
     int* count;              // [n_experts], zero before expert_choose
     RowTile* tiles;          // [n_experts + n_tokens * n_used / height]
     int* n_tiles;            // [1]

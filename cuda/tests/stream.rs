@@ -197,14 +197,13 @@ fn streamed_ffns_agree_with_resident_ones() {
 fn streamed_mixtures_agree_with_resident_ones() {
     let Some(gpu) = gpu() else { return };
     let mut failed = Vec::new();
-    let mut check = |ty: TensorType, shape: MoeShape, sizes: &[usize], parts: &[[usize; 4]], with_reference: bool| {
+    let mut check = |ty: TensorType, shape: MoeShape, sizes: &[usize], parts: &[[usize; 4]]| {
         let (n_embd, n) = (shape.n_embd, shape.n_experts);
         let mut maker = Maker::new(5 + ty as u64, &[ty]);
         let whole = (0..4).map(|i| Block::Moe(maker.moe(i, &shape))).collect();
         let split = Split { whole, n_embd, source: maker.source };
         for &n_tokens in sizes {
             let resident = split.run(&gpu, None, n_tokens);
-            let error = if with_reference { split.error(&resident, n_tokens) } else { 0.0 };
             for (at, panel_rows) in parts.iter().flat_map(|at| [8, 16].map(|panel_rows| (at, panel_rows))) {
                 let parts = at.map(|at| at..n);
                 let streamed = split.run(&gpu, Some((&parts, panel_rows)), n_tokens);
@@ -212,8 +211,8 @@ fn streamed_mixtures_agree_with_resident_ones() {
                 println!(
                     "{ty} {n_tokens:3} tokens, from expert {at:?}, panels of {panel_rows:2} rows: {differ} differ"
                 );
-                if differ > 0 || error.is_nan() || error > 2e-2 {
-                    failed.push(format!("{ty} {n_tokens} tokens {at:?} {panel_rows} rows: {differ}, {error:.2e}"));
+                if differ > 0 || streamed.iter().any(|x| !x.is_finite()) {
+                    failed.push(format!("{ty} {n_tokens} tokens {at:?} {panel_rows} rows: {differ} differ"));
                 }
             }
         }
@@ -221,9 +220,9 @@ fn streamed_mixtures_agree_with_resident_ones() {
     for row in TYPES.iter().filter(|row| row.ty.is_supported()) {
         let (n_embd, n_ff) = if row.block_len == 256 { (512, 256) } else { (160, 96) };
         let shape = MoeShape { n_embd, n_experts: 13, n_used: 3, n_ff, n_ff_shared: n_ff, rms_eps: 1e-6 };
-        check(row.ty, shape, &[5, 150], &[[0; 4], [5, 12, 0, 1]], true);
+        check(row.ty, shape, &[5, 150], &[[0; 4], [5, 12, 0, 1]]);
     }
     let shape = MoeShape { n_embd: 1024, n_experts: 96, n_used: 4, n_ff: 512, n_ff_shared: 0, rms_eps: 1e-6 };
-    check(TensorType::Q8_0, shape, &[301], &[[0, 5, 95, 12]], false);
+    check(TensorType::Q8_0, shape, &[301], &[[0, 5, 95, 12]]);
     assert!(failed.is_empty(), "{failed:#?}");
 }

@@ -574,7 +574,7 @@ impl<'a> Tables<'a> {
                         *nearest = Some(overflow);
                     }
                     if gpus_full {
-                        return; // every further move adds bytes
+                        return; // every further move adds bytes, but for buffers of streams that shrink a little
                     }
                 }
             }
