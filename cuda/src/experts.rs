@@ -30,7 +30,8 @@ struct SetArgs {
 // SAFETY: mirrors SetArgs in experts.cu, which compares sizes.
 unsafe impl Args for SetArgs {}
 
-pub(crate) fn program() -> Program {
+/// What sets entries of tables.
+pub fn program() -> Program {
     Program::new("experts.cu", include_str!("experts.cu")).args::<SetArgs>("SET_ARGS")
 }
 

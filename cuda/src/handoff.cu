@@ -125,16 +125,27 @@ KERNEL __launch_bounds__(256) take(const TakeArgs a) {
     if (!answered) return;
     const u64 step = (u64)gridDim.x * 256, first = (u64)blockIdx.x * 256 + threadIdx.x;
     float4* x = reinterpret_cast<float4*>(a.x);
-    for (u64 i = first; i < a.n / 4; i += step) {
-        float4 v = load_host(reinterpret_cast<const float4*>(a.from) + i);
-        if (a.add) {
-            const float4 old = x[i];
-            v.x += old.x;
-            v.y += old.y;
-            v.z += old.z;
-            v.w += old.w;
+    // Each load is a trip to host memory: all of a token's are under way together.
+    constexpr int TOGETHER = 8;
+    for (u64 begin = first; begin < a.n / 4; begin += TOGETHER * step) {
+        float4 of[TOGETHER];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++)
+            if (begin + j * step < a.n / 4) of[j] = load_host(reinterpret_cast<const float4*>(a.from) + begin + j * step);
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const u64 i = begin + j * step;
+            if (i >= a.n / 4) break;
+            float4 v = of[j];
+            if (a.add) {
+                const float4 old = x[i];
+                v.x += old.x;
+                v.y += old.y;
+                v.z += old.z;
+                v.w += old.w;
+            }
+            x[i] = v;
         }
-        x[i] = v;
     }
     for (u64 i = a.n / 4 * 4 + first; i < a.n; i += step) {
         const float v = *reinterpret_cast<const volatile float*>(a.from + i);

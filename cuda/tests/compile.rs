@@ -52,10 +52,11 @@ fn relayout_compiles_for_every_type_and_architecture() {
 }
 
 #[test]
-fn probe_compiles_for_every_architecture() {
+fn probe_and_exchange_compile_for_every_architecture() {
     let Some(nvrtc) = nvrtc() else { return };
-    let reports = compile_all(&nvrtc, &[tandem_cuda::probe::program()], &ARCHS);
-    assert_eq!(reports.len(), ARCHS.len());
+    let programs = [tandem_cuda::probe::program(), tandem_cuda::experts::program()];
+    let reports = compile_all(&nvrtc, &programs, &ARCHS);
+    assert_eq!(reports.len(), programs.len() * ARCHS.len());
     for (what, log) in reports {
         assert!(spilled(&log) == 0, "{what}: {log}");
     }

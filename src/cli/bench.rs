@@ -271,38 +271,16 @@ impl Row {
         let median = median(&rates);
         let test = format!("{kind}{n}");
         let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth);
+        let (predicted, read, gpu_busy, handoff, experts_on_gpu) = (None, None, None, None, None);
+        let row = Self { test, depth, tokens: n, rates, median, predicted, read, gpu_busy, handoff, experts_on_gpu };
         if kind == "pp" {
-            let predicted = rates_at(n).map(|r| r.1).filter(|_| depth == 0);
-            return Self {
-                test,
-                depth,
-                tokens: n,
-                rates,
-                median,
-                predicted,
-                read: None,
-                gpu_busy: None,
-                handoff: None,
-                experts_on_gpu: None,
-            };
+            return Self { predicted: rates_at(n).map(|r| r.1).filter(|_| depth == 0), ..row };
         }
         let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
         let gb_per_s = bytes_per_token as f64 * median * 1e-9;
         let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
         let read = Some(Read { bytes_per_token, gb_per_s, share });
-        let predicted = rates_at(depth + n / 2).map(|r| r.0);
-        Self {
-            test,
-            depth,
-            tokens: n,
-            rates,
-            median,
-            predicted,
-            read,
-            gpu_busy: None,
-            handoff: None,
-            experts_on_gpu: None,
-        }
+        Self { predicted: rates_at(depth + n / 2).map(|r| r.0), read, ..row }
     }
 
     /// Lowest and highest rate.

@@ -67,7 +67,7 @@ fn time(us: f64) -> String {
     if us < 1000.0 { format!("{us:.1} µs") } else { format!("{:.2} ms", us / 1000.0) }
 }
 
-/// What the longest of a few spans of a time line may be apart: 1, 2 or 5 times a power of ten, at least `least`.
+/// From a mark of a time line to the next: 1, 2 or 5 times a power of ten, at least `least`.
 fn tick(least: f64) -> f64 {
     let power = 10f64.powf(least.max(1e-3).log10().floor());
     [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|t| *t >= least).unwrap_or(10.0 * power)
@@ -157,7 +157,7 @@ pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
                 );
                 // The last part of a name says most: `ffn` of `blk.3.ffn`.
                 let short = span.name.rsplit('.').next().unwrap_or_default();
-                let fits = |text: &&&str| width > LETTER * text.len() as f64 + 6.0;
+                let fits = |text: &&&str| width > LETTER * text.len() as f64 + 2.0;
                 if let Some(text) = [span.name.as_str(), short].iter().find(fits)
                     && !matches!(span.what, Activity::Wait | Activity::HandOver)
                 {
@@ -189,16 +189,15 @@ pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
             }
         }
     }
-    let figures = figures(trace);
-    let column = (WIDTH - LEFT - RIGHT) / figures.len() as f64;
-    for (i, (what, value)) in figures.iter().enumerate() {
-        let x = LEFT + i as f64 * column;
+    let mut x = LEFT;
+    for (what, value) in figures(trace) {
         let _ = write!(
             out,
             "<text class=\"note\" x=\"{x:.1}\" y=\"{:.1}\">{what}</text><text class=\"value\" x=\"{x:.1}\" y=\"{:.1}\">{value}</text>",
             below + 10.0,
             below + 30.0
         );
+        x += 30.0 + (LETTER * what.len() as f64).max(1.4 * LETTER * value.chars().count() as f64);
     }
     for (i, note) in notes.iter().enumerate() {
         let y = below + 56.0 + 16.0 * i as f64;

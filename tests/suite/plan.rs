@@ -372,7 +372,8 @@ proptest! {
             let mut wrong = None;
             block.for_each(&mut |w| {
                 let (file, now) = (w.n_bytes() as u64, planned.get(w.name.as_str()).copied().unwrap_or(0));
-                let copies = if shape.tied && w.name == "token_embd.weight" { 2 } else { 1 };
+                let is_twice = shape.tied && w.name == "token_embd.weight" || made.expert_cache && w.name.contains("_exps");
+                let copies = if is_twice { 2 } else { 1 };
                 if now < file || now > copies * (file + n_devices * (256 + 16 * w.row_bytes() as u64)) {
                     wrong = Some((w.name.clone(), file, now));
                 }
@@ -394,8 +395,9 @@ proptest! {
         let parts: f64 = p.groups.iter().map(|g| g.token_ms).sum::<f64>() + p.handoff_ms + p.fixed_ms;
         prop_assert!((parts - p.token_ms).abs() <= 1e-9 * p.token_ms, "{} of {} ms", parts, p.token_ms);
         prop_assert!(p.generate_tok_s.is_finite() && p.generate_tok_s > 0.0);
-        // More memory never hurts.
+        // More memory never hurts, but for what experts that follow the routing may cost where routing is uniform.
         let with_more = with_more.unwrap_or_else(|e| panic!("refused with more memory: {e}"));
-        prop_assert!(seconds(&with_more) <= seconds(&made) * (1.0 + 1e-12), "{} s, with more {} s", seconds(&made), seconds(&with_more));
+        let worth = if with_more.expert_cache { 1.02 } else { 1.0 + 1e-12 };
+        prop_assert!(seconds(&with_more) <= seconds(&made) * worth, "{} s, with more {} s", seconds(&made), seconds(&with_more));
     }
 }
