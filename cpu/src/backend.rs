@@ -19,6 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
+/// Rows of an embedding that one thread writes while the workers wake up.
+const EMBED_ALONE: usize = 8;
+
 /// What can fail.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -342,6 +345,23 @@ impl Backend {
             let choices = unsafe { Choices::new(memory) };
             Step { sum: Some(sum.prefix(n_tokens * n_embd)), choices: Some(choices), ..whole }
         });
+        // The other side waits for its embedding: a few rows take less time than the workers need to wake up.
+        let mut n_done = 0;
+        if let (Some(handoff), Some(first)) = (handoff, tasks.first().filter(|t| t.blocks.len() == 1))
+            && let CpuBlock::Embed(embed) = here(first.blocks.start)
+            && n_tokens <= EMBED_ALONE
+        {
+            if !handoff.wait(0) {
+                return Ok(false);
+            }
+            // SAFETY: no worker has begun.
+            unsafe { embed.write_rows(0..n_tokens, &whole) };
+            handoff.post(0);
+            n_done = 1;
+        }
+        if n_done == tasks.len() {
+            return Ok(true);
+        }
         let gave_up = AtomicBool::new(false);
         self.pool.run(|w| {
             // SAFETY: each worker takes the routing tables of its own number, and they outlive the run.
@@ -352,7 +372,7 @@ impl Backend {
                     b.fill_rope(w, &whole, rope);
                 }
             }
-            for (number, task) in tasks.iter().enumerate() {
+            for (number, task) in tasks.iter().enumerate().skip(n_done) {
                 if let Some(handoff) = handoff {
                     if w.index == 0 && !handoff.wait(number) {
                         gave_up.store(true, Ordering::Relaxed);

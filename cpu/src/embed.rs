@@ -3,6 +3,7 @@
 use crate::Matrix;
 use crate::pool::Worker;
 use crate::step::Step;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The token table.
@@ -19,11 +20,20 @@ impl EmbedBlock {
 
     /// Writes the rows of the tokens to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step) {
-        for token in w.share(step.n_tokens) {
-            // SAFETY: rows of this worker's share.
+        // SAFETY: tokens of this worker's share.
+        unsafe { self.write_rows(w.share(step.n_tokens), step) };
+        w.barrier();
+    }
+
+    /// Writes the rows of some of the tokens.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the rows of `tokens` in the residual stream meanwhile.
+    pub unsafe fn write_rows(&self, tokens: Range<usize>, step: &Step) {
+        for token in tokens {
+            // SAFETY: as the caller promises.
             let x = unsafe { step.x.write(step.row(token, 0..step.n_embd)) };
             self.token_embd.decode_row(step.batch.tokens[token] as usize, x);
         }
-        w.barrier();
     }
 }

@@ -117,7 +117,8 @@ fn main() {
         let options = Options { n_slots, n_ctx: 16640, n_batch: n_slots, kv: KvDtype::Bf16 };
         let start = Instant::now();
         let compiler = Compiler::new(libs.as_deref(), None).expect("NVRTC");
-        let programs = tandem_cuda::programs(&made.blocks, &options, device.n_sms()).expect("supported shapes");
+        let programs =
+            tandem_cuda::programs(&made.blocks, &options, device.n_sms(), device.products()).expect("supported shapes");
         let (major, minor) = device.compute_capability();
         compiler.cubins(&programs, &format!("sm_{major}{minor}")).expect("kernels compile");
         let compiled = start.elapsed().as_secs_f64();

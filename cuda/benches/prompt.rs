@@ -1,10 +1,12 @@
 //! Time of each kind of block over a prompt, on random weights of released shapes, and the rate of a model made of
 //! them. The time of a block is the difference between a chain of five and a chain of one. Arguments: numbers of
-//! tokens, names of models.
+//! tokens, names of models; tensor types (Q4_K), kinds of blocks (ffn), and how products are computed (library, halves,
+//! int8), all of which are tried.
 
 use std::sync::Arc;
 use std::time::Instant;
-use tandem_cuda::{Backend, Compiler, Device, Options};
+use tandem_cuda::{Backend, Compiler, Device, Options, Products};
+use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{AttentionParts, Maker};
 use tandem_spec::{
     AttentionShape, Batch, Block, DeltaNetShape, FfnShape, HeadOrder, HeadShape, KvDtype, MoeShape, Rope, RopeScaling,
@@ -23,18 +25,38 @@ const MODELS: [(&str, usize, usize, usize, usize, usize, usize); 5] = [
 
 fn main() {
     let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(std::path::PathBuf::from);
-    let cache = std::env::temp_dir().join("tandem-test-cubins");
-    let opened = Device::open(0).and_then(|d| Compiler::new(libs.as_deref(), Some(cache.clone())).map(|_| d));
-    let device = match opened {
-        Ok(device) => Arc::new(device),
-        Err(e) => return println!("skipped: {e}"),
-    };
-    let sizes: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let compiler = || Compiler::new(libs.as_deref(), Some(std::env::temp_dir().join("tandem-test-cubins")));
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let products = [("library", Products::Library), ("halves", Products::Halves), ("int8", Products::Int8)];
+    let mut products: Vec<_> = products.iter().filter(|p| args.iter().any(|a| a == p.0)).map(|p| Some(p.1)).collect();
+    if products.is_empty() {
+        products.push(None);
+    }
+    let mut types: Vec<_> = TYPES.iter().map(|row| row.ty).filter(|ty| args.contains(&ty.to_string())).collect();
+    if types.is_empty() {
+        types.push(TensorType::Q4_K);
+    }
+    for products in products {
+        let device = match Device::open(0).and_then(|d| compiler().map(|_| d)) {
+            Ok(device) => Arc::new(if let Some(p) = products { device.with_products(p) } else { device }),
+            Err(e) => return println!("skipped: {e}"),
+        };
+        for ty in &types {
+            println!("{ty}, products: {:?}", device.products());
+            measure(&device, *ty, &args, &|| compiler().expect("loaded before"));
+        }
+    }
+}
+
+/// Blocks with weights of type `ty`, of the models and kinds and for the numbers of tokens that `args` name, or all.
+fn measure(device: &Arc<Device>, ty: TensorType, args: &[String], compiler: &dyn Fn() -> Compiler) {
+    let sizes: Vec<usize> = args.iter().filter_map(|a| a.parse().ok()).collect();
     let sizes = if sizes.is_empty() { vec![2048] } else { sizes };
-    let wanted =
-        |name: &str| MODELS.iter().all(|m| std::env::args().all(|a| a != m.0)) || std::env::args().any(|a| a == name);
+    let named = |name: &str| args.iter().any(|a| a == name);
+    let wanted = |name: &str| MODELS.iter().all(|m| !named(m.0)) || named(name);
+    let wanted_kind = |kind: &str| ["delta_net", "attention", "ffn", "moe"].iter().all(|k| !named(k)) || named(kind);
     for (name, n_embd, n_layers, n_heads, n_kv_heads, n_ff, n_v_heads) in MODELS.into_iter().filter(|m| wanted(m.0)) {
-        let mut maker = Maker::new(1, &[TensorType::Q4_K]);
+        let mut maker = Maker::new(1, &[ty]);
         let rope =
             Rope { n_rot: 64, base: 1e7, style: RopeStyle::Neox, scaling: RopeScaling::None, rotated_pairs: vec![] };
         let rms_eps = 1e-6;
@@ -55,14 +77,14 @@ fn main() {
         let head = Block::Head(maker.head(&HeadShape { n_embd, n_vocab: 1024, rms_eps }));
         for &n in &sizes {
             let mut total = 0.0;
-            for (block, count) in [(&delta_net, n_layers * 3 / 4), (&attention, n_layers / 4), (&ff, n_layers)] {
+            let blocks = [(&delta_net, n_layers * 3 / 4), (&attention, n_layers / 4), (&ff, n_layers)];
+            for (block, count) in blocks.into_iter().filter(|(block, _)| wanted_kind(block.kind())) {
                 let chain = |k: usize| -> Vec<Block<Weight>> {
                     std::iter::once(&embed).chain(std::iter::repeat_n(block, k)).chain([&head]).cloned().collect()
                 };
                 let time = |k: usize| {
-                    let compiler = Compiler::new(libs.as_deref(), Some(cache.clone())).expect("loaded before");
                     let options = Options { n_slots: 1, n_ctx: n, n_batch: n, kv: KvDtype::Bf16 };
-                    let backend = Backend::load(&device, compiler, &chain(k), &maker.source, &options, &mut |_, _| {})
+                    let backend = Backend::load(device, compiler(), &chain(k), &maker.source, &options, &mut |_, _| {})
                         .unwrap_or_else(|e| panic!("{e}"))
                         .with_prompt_from(1);
                     let mut state = backend.state().unwrap_or_else(|e| panic!("{e}"));
@@ -84,7 +106,14 @@ fn main() {
                 };
                 let seconds = (time(5) - time(1)) / 4.0;
                 total += seconds * count as f64;
-                println!("{name:8} {n:6} tokens  {:10} {:9.1} us  x {count}", block.kind(), seconds * 1e6);
+                let mut n_weights = 0;
+                block.for_each(&mut |w| n_weights += w.n_rows() * w.n_cols);
+                let rate = if matches!(block, Block::Moe(_)) { 0.0 } else { 2e-12 * (n * n_weights) as f64 / seconds };
+                println!(
+                    "{name:8} {n:6} tokens  {:10} {:9.1} us  x {count}  {rate:.0} TFLOP/s of its matrices",
+                    block.kind(),
+                    seconds * 1e6
+                );
             }
             println!("{name:8} {n:6} tokens  together {:.1} ms  {:.0} tok/s", total * 1e3, n as f64 / total);
         }

@@ -15,7 +15,7 @@ use crate::head::{HeadOp, MAX_WINDOW, NO_TOKEN, SlotSampler};
 use crate::layout::{self, ExpertSlot};
 use crate::moe::MoeOp;
 use crate::ops::{Constants, DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
-use crate::prompt::{Prompt, Tables};
+use crate::prompt::{Products, Prompt, Tables};
 use crate::stream::{self, Parts, StreamLayout, Streamed, Streamer};
 use crate::upload;
 use cudarc::driver::{result, sys};
@@ -102,18 +102,23 @@ pub fn for_each_weight(block: &Block<Weight>, f: &mut dyn FnMut(&str, u64)) {
     }
 }
 
-/// Every program that `blocks` need on a GPU of `n_sms` multiprocessors.
+/// Every program that `blocks` need on a GPU of `n_sms` multiprocessors; `products`: [`Device::products`].
 ///
 /// # Errors
 /// A shape that the kernels do not take.
-pub fn programs(blocks: &[Block<Weight>], options: &Options, n_sms: usize) -> Result<Vec<Program>, Error> {
+pub fn programs(
+    blocks: &[Block<Weight>],
+    options: &Options,
+    n_sms: usize,
+    products: Products,
+) -> Result<Vec<Program>, Error> {
     let mut linker = Linker::collecting(n_sms);
     for block in blocks {
         Op::new(&mut linker, unplaced(block), Constants::NONE, options)?;
     }
     Handover::new(&mut linker)?;
     let placed: Vec<_> = blocks.iter().map(unplaced).collect();
-    Prompt::new(&mut linker, &placed, options.kv, (8, 0))?;
+    Prompt::new(&mut linker, &placed, options.kv, (8, 0), products)?;
     let mut programs = linker.programs;
     for block in blocks {
         block.for_each(&mut |w| {
@@ -302,7 +307,8 @@ impl Backend {
         let planned = weights_layout.bytes() + layout.bytes() + StreamLayout::new(&shares).bytes();
         let kernels = Kernels::new(device, compiler);
         let start = Instant::now();
-        kernels.prepare(programs(blocks, options, n_sms)?.into_iter().chain(stream::programs(&streamed.shares)))?;
+        let own = programs(blocks, options, n_sms, device.products())?;
+        kernels.prepare(own.into_iter().chain(stream::programs(&streamed.shares)))?;
         let kernels_s = start.elapsed().as_secs_f64();
         let weights = Arena::new(device, "weights", weights_layout.bytes(), planned)?;
 
@@ -352,7 +358,7 @@ impl Backend {
         }
         let handover = Handover::new(&mut linker)?;
         let all: Vec<_> = placed_blocks.iter().map(|(b, _)| b.clone()).collect();
-        let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability())?;
+        let prompt = Prompt::new(&mut linker, &all, options.kv, device.compute_capability(), device.products())?;
         let streamed_blocks = streamed.shares.iter().map(|s| s.block).collect();
         let streamer = if streamed.shares.is_empty() {
             None

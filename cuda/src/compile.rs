@@ -122,7 +122,12 @@ impl Nvrtc {
         let header_names: Vec<CString> = HEADERS.iter().map(|(name, _)| c(name)).collect();
         let header_texts: Vec<CString> = HEADERS.iter().map(|(_, text)| c(text)).collect();
         let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr()).collect::<Vec<*const c_char>>();
-        let options: Vec<CString> = program.options(arch).iter().map(|o| c(o)).collect();
+        let mut options = program.options(arch);
+        if self.version >= (12, 9) {
+            // Its own cache returns code without a report, and outlives ours.
+            options.push("--no-cache".into());
+        }
+        let options: Vec<CString> = options.iter().map(|o| c(o)).collect();
         let mut handle = std::ptr::null_mut();
         // SAFETY: all strings outlive the program, which is destroyed below; sizes are asked before buffers are
         // filled.
@@ -152,6 +157,12 @@ impl Nvrtc {
                 nvrtc::nvrtcGetCUBIN(handle, cubin.as_mut_ptr().cast());
             }
             nvrtc::nvrtcDestroyProgram(&mut handle);
+            if compiled == nvrtc::nvrtcResult::NVRTC_ERROR_INVALID_OPTION && log.contains("gpu-architecture") {
+                let (major, minor) = self.version;
+                return Err(failed(format!(
+                    "NVRTC {major}.{minor} does not know this GPU (install a newer CUDA toolkit, or run on the CPU)"
+                )));
+            }
             if cubin.is_empty() {
                 return Err(failed(format!("{compiled:?}: {log}")));
             }

@@ -2,6 +2,7 @@
 //! the stream; refuses machines without a driver by an error, never by a panic.
 
 use crate::error::{During, Error, count_call, describe};
+use crate::prompt::Products;
 use cudarc::driver::{result, sys};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,21 +50,23 @@ fn init() -> Result<i32, Error> {
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }
-    match result::init() {
-        Ok(()) => {}
-        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(Error::NoDevice),
-        Err(e) => return Err(Error::Driver { call: "initialising the NVIDIA driver", reason: describe(e) }),
-    }
+    result::init().map_err(|e| match e.0 {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => Error::NoDevice,
+        _ => Error::Driver { call: "initialising the NVIDIA driver", reason: describe(e) },
+    })?;
     let mut version = 0;
     // SAFETY: writes one int.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().during("asking the driver's version")?;
-    if version < MIN_DRIVER {
-        return Err(Error::DriverTooOld {
-            found: format!("{}.{}", version / 1000, version % 1000 / 10),
-            needed: "12.0",
-        });
-    }
+    check_driver(version)?;
     Ok(version)
+}
+
+/// Refuses drivers whose CUDA version, 1000 * major + 10 * minor, is too old.
+fn check_driver(version: i32) -> Result<(), Error> {
+    if version >= MIN_DRIVER {
+        return Ok(());
+    }
+    Err(Error::DriverTooOld { found: format!("{}.{}", version / 1000, version % 1000 / 10), needed: "12.0" })
 }
 
 thread_local! {
@@ -82,6 +85,7 @@ pub struct Device {
     n_sms: usize,
     compute_capability: (i32, i32),
     driver_version: i32,
+    products: Products,
 }
 
 // SAFETY: driver handles may be used from any thread; `bind` makes the context current there first.
@@ -124,7 +128,14 @@ impl Device {
         static OPENED: AtomicU64 = AtomicU64::new(0);
         let number = OPENED.fetch_add(1, Ordering::Relaxed) + 1;
         CURRENT.set(number);
-        Ok(Self { number, ordinal, device, context, stream, n_sms, compute_capability: (major, minor), driver_version })
+        let (compute_capability, products) = ((major, minor), Products::fastest((major, minor)));
+        Ok(Self { number, ordinal, device, context, stream, n_sms, compute_capability, driver_version, products })
+    }
+
+    /// The same with products of prompts computed so, whatever is fastest here: for tests and measurements.
+    pub fn with_products(mut self, products: Products) -> Self {
+        self.products = products;
+        self
     }
 
     /// What the planner needs to know; free memory is read now.
@@ -166,6 +177,11 @@ impl Device {
     /// Compute capability `(major, minor)`.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.compute_capability
+    }
+
+    /// How the products of prompts are computed here.
+    pub fn products(&self) -> Products {
+        self.products
     }
 
     /// Whether a kernel may start before the one ahead of it has ended: Hopper and later, and a driver that
@@ -226,5 +242,17 @@ impl Drop for Device {
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_drivers_are_refused_with_both_versions() {
+        assert!(check_driver(12000).is_ok() && check_driver(13000).is_ok());
+        let error = check_driver(11080).unwrap_err().to_string();
+        assert_eq!(error, "the NVIDIA driver supports CUDA 11.8, tandem needs 12.0 or newer (update the driver)");
     }
 }

@@ -141,3 +141,35 @@ impl<T> During<T> for Result<T, DriverError> {
 pub(crate) fn is_out_of_memory(e: &DriverError) -> bool {
     e.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_what_is_needed_to_act() {
+        let memory = Error::OutOfMemory { what: "weights", ordinal: 1, asked: 300, free: 200, planned: 400 };
+        let fault = Error::Kernel { block: "a step".into(), ordinal: 0, reason: "an illegal address".into() };
+        let arch = Error::UnsupportedArch { name: "Tesla V100".into(), major: 7, minor: 0, reason: "needs 7.5".into() };
+        for (error, parts) in [
+            (&memory, &["weights", "GPU 1", "300", "200 are free", "400 were planned", "--vram"][..]),
+            (&fault, &["a step", "GPU 0", "an illegal address"]),
+            (&arch, &["Tesla V100", "7.0", "needs 7.5"]),
+            (&Error::NoDriver, &["libcuda", "install"]),
+            (&Error::NoDevice, &["nvidia-smi"]),
+            (
+                &Error::NoNvrtc { searched: ", nor in /x".into() },
+                &["libnvrtc", "nor in /x", "scripts/nvrtc.sh", "TANDEM_CUDA_LIBS"],
+            ),
+        ] {
+            let line = error.to_string();
+            assert!(parts.iter().all(|part| line.contains(part)) && !line.contains('\n'), "{line}");
+        }
+    }
+
+    #[test]
+    fn only_the_code_for_memory_counts_as_out_of_memory() {
+        assert!(is_out_of_memory(&DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)));
+        assert!(!is_out_of_memory(&DriverError(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS)));
+    }
+}

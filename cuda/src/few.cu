@@ -141,7 +141,7 @@ template <int TY> DEVICE bool product(const FewArgs& a, Shared& sh, const Segmen
         for (int i = 0; i < 2; i++) raw[i][g] = Q::load(s.weight, s.n_blocks, unit_of(i, g, step));
     };
     // With many tokens registers are short: the second half's loads wait for the first half's products.
-    constexpr bool LATE = TOKENS > 16;
+    constexpr bool LATE = TOKENS > (HALF_IS_F16 ? 8 : 16);
     load(0, part.first);
     load(1, part.first);
     // Where this lane's pieces of unit c of a token lie.

@@ -108,7 +108,8 @@ impl Few {
         };
         let functions = [function(TOKENS[0])?, function(TOKENS[1])?, function(TOKENS[2])?];
         let n_steps = n_tiles * k.div_ceil(STEP);
-        let share = n_steps.div_ceil(BLOCKS * linker.n_sms);
+        // A share of a block without rows, all of which are streamed, is never launched.
+        let share = n_steps.div_ceil(BLOCKS * linker.n_sms).max(1);
         let share = (share, n_steps.div_ceil(share));
         Ok(Self { segments, n_segments: matrices.len(), k, n_tiles, share, functions, pair })
     }

@@ -34,4 +34,5 @@ pub use error::{Error, driver_calls};
 pub use handoff::Mailbox;
 pub use head::can_sample;
 pub use ops::{Options, StateLayout};
+pub use prompt::Products;
 pub use stream::{HostShare, StreamLayout, Streamed, can_stream};

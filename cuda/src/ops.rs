@@ -334,6 +334,12 @@ impl<'a> Step<'a> {
     }
 }
 
+/// Activations that share a scale where they are rounded to 8 bits before weights of `ty`: the columns of a block, but
+/// 32 for IQ4_XS, as on the CPU.
+pub(crate) fn rounding_group(ty: TensorType) -> usize {
+    if ty == TensorType::IQ4_XS { 32 } else { ty.row().block_len }
+}
+
 /// Turns programs into functions; without kernels it only collects the programs.
 pub(crate) struct Linker<'a> {
     kernels: Option<&'a Kernels>,

@@ -8,7 +8,7 @@ use crate::compile::{Args, Compiler, Kernels, Launch, Program};
 use crate::dense::{self, Dense};
 use crate::device::Device;
 use crate::error::{During, Error};
-use crate::prompt;
+use crate::prompt::Products;
 use cudarc::driver::{result, sys};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -161,7 +161,7 @@ pub fn measure(device: &Arc<Device>, compiler: Compiler) -> Result<Measured, Err
     let mma_s = timer.best(|| unsafe { products.launch(device, Launch::new(blocks, 256), &args) })?;
     let mma_ops = 2.0 * (16 * 16 * 8) as f64 * 8.0 * f64::from(args.n_rounds) * 8.0 * blocks as f64;
 
-    let dense_s = match Dense::load().filter(|_| prompt::wants_dense(device.compute_capability())) {
+    let dense_s = match Dense::load().filter(|_| device.products() == Products::Library) {
         Some(dense) if data_bytes == DATA_BYTES => {
             let (n_rows, n) = (4096, 8192);
             let shape = dense::Shape { n_rows, n_out: n, n_in: n, ld_y: n, is_f16: false, y_f32: false, add: false };

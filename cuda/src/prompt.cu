@@ -34,6 +34,53 @@ KERNEL __launch_bounds__(256) norm_rows(const RowsArgs a) {
     }
 }
 
+struct RoundArgs {
+    const float* x;          // [n]
+    i8* codes;               // [n]
+    Q8Head* heads;           // [n / 32]
+    u64 n;                   // whole groups
+    u32 group;               // elements that share a scale: 32 or 256
+    u32 pad;
+};
+static_assert(sizeof(RoundArgs) == ROUND_ARGS, "RoundArgs differs from prompt.rs");
+
+// Grid (ceil(n / 2048)), 256 threads: rounds to 8 bits, eight elements a lane.
+KERNEL __launch_bounds__(256) round_rows(const RoundArgs a) {
+    const u64 at = ((u64)blockIdx.x * 256 + threadIdx.x) * 8;
+    const bool in = at < a.n;
+    float4 v[2] = {};
+    if (in) {
+        v[0] = *(const float4*)(a.x + at);
+        v[1] = *(const float4*)(a.x + at + 4);
+    }
+    const float x[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+    float d = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) d = fmaxf(d, fabsf(x[i]));
+    for (int o = 1; o < a.group / 8; o <<= 1) d = fmaxf(d, __shfl_xor_sync(FULL, d, o));
+    d *= 1.0f / 127.0f;
+    const float r = inverse_scale(d);
+    u32 codes[2] = {};
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int code = __float2int_rn(x[i] * r);
+        codes[i / 4] |= (code & 255) << (i % 4 * 8);
+        sum += code;
+    }
+    sum += __shfl_xor_sync(FULL, sum, 1);
+    const int other = __shfl_xor_sync(FULL, sum, 2);
+    if (!in) return;
+    *(uint2*)(a.codes + at) = make_uint2(codes[0], codes[1]);
+    if (threadIdx.x % 4 == 0) {
+        Q8Head head;
+        head.d = d;
+        head.sum0 = (i16)sum;
+        head.sum1 = (i16)other;
+        a.heads[at / 32] = head;
+    }
+}
+
 struct SwigluArgs {
     const float* gate;       // [n] f32
     const float* up;         // [n] f32

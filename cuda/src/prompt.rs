@@ -4,7 +4,9 @@
 //!
 //! Accuracy: quantised and BF16 weights are multiplied as bf16 with activations rounded to bf16 (relative rms about
 //! 2e-3 per product), F16 weights with activations rounded to f16 (3e-4), F32 weights in f32. Sums are f32. On chips
-//! without bf16 (7.5) all but F32 weights are multiplied as f16.
+//! without bf16 (7.5) all but F32 weights are multiplied as f16. Where the chip's 8-bit rate is the higher one
+//! ([`Products`]), quantised weights meet 8-bit activations as they do for single tokens, rounded in the groups of
+//! [`rounding_group`] (relative rms about 7e-3 per product).
 
 use crate::arena::{ALIGN, Ptr, Range, Ranges};
 use crate::compile::{Args, Function, Launch, Program};
@@ -13,7 +15,7 @@ use crate::device::Device;
 use crate::error::{During, Error};
 use crate::handoff::Chosen;
 use crate::moe::routed;
-use crate::ops::{Constants, DeviceWeight, Linker};
+use crate::ops::{Constants, DeviceWeight, Linker, rounding_group};
 use crate::stream::Parts;
 use cudarc::driver::result;
 use std::collections::HashMap;
@@ -25,6 +27,12 @@ use tandem_spec::{
 
 /// Rows of a tile of the three products: a few, some, many.
 const TILES: [usize; 3] = [8, 32, 128];
+/// Of `gemm_int8`: some and many. Types with a scale for 16 columns need more registers.
+fn tiles_int8(ty: TensorType) -> [usize; 2] {
+    let has_half_scales = matches!(ty, TensorType::Q2_K | TensorType::Q3_K | TensorType::Q6_K);
+    [32, if has_half_scales { 64 } else { 128 }]
+}
+
 /// Bytes of a RowTile in prompt.cu.
 const TILE_BYTES: usize = 24;
 /// Rows of a tile of `gemm_f32`.
@@ -39,9 +47,29 @@ const PLAIN_ROWS: usize = 16;
 /// 39 us there, 32 us to decode, and 97 us in `gemm_tile`.
 const DENSE_FROM: usize = 128;
 const DENSE_WEIGHTS: usize = 1 << 20;
-/// Whether chips of compute capability `arch` have instructions for products that `gemm.cu` cannot use.
-pub(crate) fn wants_dense(arch: (i32, i32)) -> bool {
-    arch.0 == 9 || arch.0 == 10
+/// How the products of prompts are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// In 16 bits, large ones by cuBLASLt where it is installed.
+    Library,
+    /// In 16 bits, by `gemm.cu`.
+    Halves,
+    /// Activations of 8 bits before quantised weights, as for single tokens, by `gemm.cu`; others in 16 bits.
+    Int8,
+}
+
+impl Products {
+    /// The fastest on chips of compute capability `arch`: the library where there are instructions that `gemm.cu`
+    /// cannot use. `gemm_int8` makes about 330 multiply-adds a cycle and multiprocessor on an H200, bound by what its
+    /// f32 lanes do with the scales; GeForce cards of 8.6, 8.9 and 12.0, which have as many, make 256 at most in 16
+    /// bits with f32 sums. Those of 7.5 have half the lanes, and 8.0 makes 1024 in 16 bits.
+    pub fn fastest(arch: (i32, i32)) -> Self {
+        match arch {
+            (9 | 10, _) => Self::Library,
+            (8, 6..) | (12, _) => Self::Int8,
+            _ => Self::Halves,
+        }
+    }
 }
 
 /// Bytes of a panel.
@@ -68,6 +96,7 @@ args!(GemmArgs {
     w2: Ptr,
     n_blocks: u64,
     x: Ptr,
+    heads: Ptr,
     gather: Ptr,
     tiles: Ptr,
     n_tiles: Ptr,
@@ -80,13 +109,14 @@ args!(GemmArgs {
     n_in: i32,
     ld_y: i32,
     add: i32,
-    y_f16: i32,
+    y_kind: i32,
 });
-args!(RowsArgs { x: Ptr, w: Ptr, gather: Ptr, y: Forms<Ptr>, n: i32, eps: f32 });
-args!(SwigluArgs { gate: Ptr, up: Ptr, y: Forms<Ptr>, n: u64 });
+args!(RowsArgs { x: Ptr, w: Ptr, gather: Ptr, y: Written, n: i32, eps: f32 });
+args!(SwigluArgs { gate: Ptr, up: Ptr, y: Written, n: u64 });
 args!(SwigluHalvesArgs { gate: Ptr, up: Ptr, y: Ptr, n: u64, is_f16: u32, pad: u32 });
+args!(RoundArgs { x: Ptr, codes: Ptr, heads: Ptr, n: u64, group: u32, pad: u32 });
 args!(DecodeRowsArgs { w: Ptr, out: Ptr, n_blocks: u64, first: u64, n_units: u64 });
-args!(GatedNormArgs { o: Ptr, z: Ptr, w: Ptr, y: Forms<Ptr>, n_rows: i32, s: i32, eps: f32, pad: u32 });
+args!(GatedNormArgs { o: Ptr, z: Ptr, w: Ptr, y: Written, n_rows: i32, s: i32, eps: f32, pad: u32 });
 args!(ExpertArgs {
     logits: Ptr,
     table: Ptr,
@@ -158,13 +188,44 @@ args!(AttentionPromptArgs {
     out_kind: i32,
 });
 
-/// Something for each format that activations are multiplied in.
+/// What the products of many tokens compute in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Math {
+    /// The chip has bf16.
+    bf16: bool,
+    /// Quantised weights meet 8-bit activations.
+    int8: bool,
+}
+
+impl Math {
+    /// Copies of a tile's activations that are under way: as STAGES in gemm.cu.
+    fn stages(self) -> usize {
+        if self.bf16 { 3 } else { 2 }
+    }
+}
+
+/// Activations in the formats that kernels write.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Forms<T> {
-    f32: T,
-    f16: T,
-    bf16: T,
+struct Written {
+    f32: Ptr,
+    f16: Ptr,
+    bf16: Ptr,
+}
+
+/// Codes of activations and their heads (`Q8Head` in common.cuh, one for 32).
+#[derive(Clone, Copy, Debug, Default)]
+struct Codes {
+    codes: Ptr,
+    heads: Ptr,
+}
+
+/// Activations in each format that they are multiplied in. Codes are made of the floats, by [`Prompt::round`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Forms {
+    written: Written,
+    /// Rounded in groups of 32 and of 256.
+    codes: [Codes; 2],
 }
 
 /// A format of activations.
@@ -173,31 +234,57 @@ enum Form {
     F32,
     F16,
     Bf16,
+    /// 8-bit codes with a scale for so many.
+    Int8(usize),
 }
 
-impl<T: Copy> Forms<T> {
-    fn get(&self, form: Form) -> T {
-        match form {
-            Form::F32 => self.f32,
-            Form::F16 => self.f16,
-            Form::Bf16 => self.bf16,
-        }
+impl Form {
+    fn is_int8(self) -> bool {
+        matches!(self, Self::Int8(_))
     }
 
-    fn get_mut(&mut self, form: Form) -> &mut T {
-        match form {
-            Form::F32 => &mut self.f32,
-            Form::F16 => &mut self.f16,
-            Form::Bf16 => &mut self.bf16,
+    fn is_half(self) -> bool {
+        matches!(self, Self::F16 | Self::Bf16)
+    }
+
+    /// The format in which kernels write what is to be in this one.
+    fn written(self) -> Self {
+        if self.is_int8() { Self::F32 } else { self }
+    }
+
+    /// As kernels name formats that they write.
+    fn kind(self) -> i32 {
+        match self {
+            Self::F32 | Self::Int8(_) => 0,
+            Self::F16 => 1,
+            Self::Bf16 => 2,
         }
     }
 }
 
-/// Whether the kernels multiply weights of `ty` with rows of `n_cols` in 16 bits, and in which.
-fn form(ty: TensorType, n_cols: usize, has_bf16: bool) -> Form {
+impl Forms {
+    fn codes(&self, group: usize) -> Codes {
+        self.codes[usize::from(group == 256)]
+    }
+
+    /// What a product reads: not the heads of codes.
+    fn get(&self, form: Form) -> Ptr {
+        match form {
+            Form::F32 => self.written.f32,
+            Form::F16 => self.written.f16,
+            Form::Bf16 => self.written.bf16,
+            Form::Int8(group) => self.codes(group).codes,
+        }
+    }
+}
+
+/// The format in which activations meet weights of `ty` with rows of `n_cols`.
+fn form(ty: TensorType, n_cols: usize, math: Math) -> Form {
     if ty == TensorType::F32 || !n_cols.is_multiple_of(32) {
         Form::F32
-    } else if ty == TensorType::F16 || !has_bf16 {
+    } else if math.int8 && ty.is_quantised() {
+        Form::Int8(rounding_group(ty))
+    } else if ty == TensorType::F16 || !math.bf16 {
         Form::F16
     } else {
         Form::Bf16
@@ -231,13 +318,23 @@ impl Scratch {
     }
 
     /// `n` activations in every format that one of `weights` wants.
-    fn forms(&mut self, n: usize, weights: &[&DeviceWeight], has_bf16: bool) -> Forms<Ptr> {
+    fn forms(&mut self, n: usize, weights: &[&DeviceWeight], math: Math) -> Forms {
         let mut forms = Forms::default();
         for w in weights {
-            let form = form(w.ty, w.n_cols, has_bf16);
-            let ptr = forms.get_mut(form);
+            let form = form(w.ty, w.n_cols, math);
+            let (ptr, bytes) = match form.written() {
+                Form::F16 => (&mut forms.written.f16, 2),
+                Form::Bf16 => (&mut forms.written.bf16, 2),
+                _ => (&mut forms.written.f32, 4),
+            };
             if *ptr == Ptr::NULL {
-                *ptr = self.bytes(n * if form == Form::F32 { 4 } else { 2 });
+                *ptr = self.bytes(n * bytes);
+            }
+            if let Form::Int8(group) = form
+                && forms.codes(group).codes == Ptr::NULL
+            {
+                let codes = Codes { codes: self.bytes(n), heads: self.bytes(n / 32 * 8) };
+                forms.codes[usize::from(group == 256)] = codes;
             }
         }
         forms
@@ -246,32 +343,32 @@ impl Scratch {
 
 /// Buffers of an attention block.
 struct AttentionBuffers {
-    h: Forms<Ptr>,
+    h: Forms,
     q: Ptr,
     k: Ptr,
     v: Ptr,
     rotated: Ptr,
-    out: Forms<Ptr>,
+    out: Forms,
 }
 
 impl AttentionBuffers {
-    fn new(s: &mut Scratch, b: &Attention<DeviceWeight>, n: usize, has_bf16: bool) -> Self {
+    fn new(s: &mut Scratch, b: &Attention<DeviceWeight>, n: usize, math: Math) -> Self {
         let kv = n * b.shape.n_kv_heads * b.shape.head_dim;
         let q = n * b.shape.n_heads * b.shape.head_dim;
         Self {
-            h: s.forms(n * b.shape.n_embd, &[&b.attn_q.weight, &b.attn_k.weight, &b.attn_v.weight], has_bf16),
+            h: s.forms(n * b.shape.n_embd, &[&b.attn_q.weight, &b.attn_k.weight, &b.attn_v.weight], math),
             q: s.f32(q * if b.shape.gated { 2 } else { 1 }),
             k: s.f32(kv),
             v: s.f32(kv),
             rotated: s.f32(q),
-            out: s.forms(q, &[&b.attn_output.weight], has_bf16),
+            out: s.forms(q, &[&b.attn_output.weight], math),
         }
     }
 }
 
 /// Buffers of a delta-net block.
 struct DeltaBuffers {
-    h: Forms<Ptr>,
+    h: Forms,
     u: Ptr,
     z: Ptr,
     alpha: Ptr,
@@ -282,23 +379,16 @@ struct DeltaBuffers {
     p: Ptr,
     g: Ptr,
     o: Ptr,
-    out: Forms<Ptr>,
+    out: Forms,
 }
 
 impl DeltaBuffers {
-    fn new(
-        s: &mut Scratch,
-        b: &DeltaNet<DeviceWeight>,
-        n: usize,
-        n_chunks: usize,
-        chunk: usize,
-        has_bf16: bool,
-    ) -> Self {
+    fn new(s: &mut Scratch, b: &DeltaNet<DeviceWeight>, n: usize, n_chunks: usize, chunk: usize, math: Math) -> Self {
         let d = &b.shape;
         let weights = [&b.attn_qkv.weight, &b.attn_gate.weight, &b.ssm_beta.weight, &b.ssm_alpha.weight];
         let per_chunk = n_chunks * d.n_v_heads * chunk;
         Self {
-            h: s.forms(n * d.n_embd, &weights, has_bf16),
+            h: s.forms(n * d.n_embd, &weights, math),
             u: s.f32(n * d.n_channels()),
             z: s.f32(n * d.n_value()),
             alpha: s.f32(n * d.n_v_heads),
@@ -309,7 +399,7 @@ impl DeltaBuffers {
             p: s.f32(per_chunk * chunk),
             g: s.f32(per_chunk),
             o: s.f32(n * d.n_value()),
-            out: s.forms(n * d.n_value(), &[&b.ssm_out.weight], has_bf16),
+            out: s.forms(n * d.n_value(), &[&b.ssm_out.weight], math),
         }
     }
 }
@@ -319,18 +409,14 @@ struct PairBuffers {
     factors: Option<(Ptr, Ptr)>,
     /// The factors in 16 bits, for [`Dense`].
     halves: Option<(Ptr, Ptr)>,
-    out: Forms<Ptr>,
+    out: Forms,
 }
 
 /// Whether gate and up run as one product.
-fn is_pair(
-    gate: &Linear<DeviceWeight>,
-    up: &Linear<DeviceWeight>,
-    down: &Linear<DeviceWeight>,
-    has_bf16: bool,
-) -> bool {
-    let halves = |l: &Linear<DeviceWeight>| form(l.weight.ty, l.weight.n_cols, has_bf16) != Form::F32;
-    gate.weight.ty == up.weight.ty && halves(gate) && halves(down) && gate.bias.is_none() && up.bias.is_none()
+fn is_pair(gate: &Linear<DeviceWeight>, up: &Linear<DeviceWeight>, down: &Linear<DeviceWeight>, math: Math) -> bool {
+    let [of_gate, of_down] = [gate, down].map(|l| form(l.weight.ty, l.weight.n_cols, math));
+    let fits = (of_gate.is_half() && of_down.is_half()) || (of_gate.is_int8() && of_down.is_int8());
+    gate.weight.ty == up.weight.ty && fits && gate.bias.is_none() && up.bias.is_none()
 }
 
 impl PairBuffers {
@@ -340,19 +426,20 @@ impl PairBuffers {
         n: usize,
         n_ff: usize,
         is_stack: bool,
-        has_bf16: bool,
+        math: Math,
     ) -> Self {
-        let is_pair = is_pair(gate, up, down, has_bf16);
+        let is_pair = is_pair(gate, up, down, math);
         let factors = (!is_pair).then(|| (s.f32(n * n_ff), s.f32(n * n_ff)));
-        let is_dense = is_pair && !is_stack && n >= DENSE_FROM;
+        let is_half = form(down.weight.ty, down.weight.n_cols, math).is_half();
+        let is_dense = is_pair && is_half && !is_stack && n >= DENSE_FROM;
         let halves = is_dense.then(|| (s.bytes(2 * n * n_ff), s.bytes(2 * n * n_ff)));
-        Self { factors, halves, out: s.forms(n * n_ff, &[&down.weight], has_bf16) }
+        Self { factors, halves, out: s.forms(n * n_ff, &[&down.weight], math) }
     }
 }
 
 /// Buffers of a mixture of experts.
 struct MoeBuffers {
-    h: Forms<Ptr>,
+    h: Forms,
     logits: Ptr,
     expert: Ptr,
     weight: Ptr,
@@ -368,7 +455,7 @@ struct MoeBuffers {
 }
 
 impl MoeBuffers {
-    fn new(s: &mut Scratch, b: &Moe<DeviceWeight>, n: usize, has_bf16: bool) -> Self {
+    fn new(s: &mut Scratch, b: &Moe<DeviceWeight>, n: usize, math: Math) -> Self {
         let m = &b.shape;
         let n_rows = n * m.n_used;
         let mut weights = vec![&b.ffn_gate_inp, &b.ffn_gate_exps.weight, &b.ffn_up_exps.weight];
@@ -378,7 +465,7 @@ impl MoeBuffers {
         }
         let tiles = max_tiles(n_rows, m.n_experts, TILES[0]);
         Self {
-            h: s.forms(n * m.n_embd, &weights, has_bf16),
+            h: s.forms(n * m.n_embd, &weights, math),
             logits: s.f32(n * m.n_experts),
             expert: s.f32(n_rows),
             weight: s.f32(n_rows),
@@ -388,18 +475,11 @@ impl MoeBuffers {
             count: s.f32(m.n_experts),
             tiles: [s.bytes(TILE_BYTES * tiles), s.bytes(TILE_BYTES * tiles)],
             n_tiles: [s.f32(1), s.f32(1)],
-            pair: PairBuffers::new(
-                s,
-                (&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps),
-                n_rows,
-                m.n_ff,
-                true,
-                has_bf16,
-            ),
+            pair: PairBuffers::new(s, (&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps), n_rows, m.n_ff, true, math),
             y: s.f32(n_rows * m.n_embd),
             shared: b.shared.as_ref().map(|e| {
                 let linears = (&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp);
-                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, has_bf16), s.f32(n * m.n_embd), s.f32(n))
+                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, math), s.f32(n * m.n_embd), s.f32(n))
             }),
         }
     }
@@ -450,7 +530,7 @@ struct DeltaFunctions {
 
 /// The functions of a model's blocks for many tokens.
 pub(crate) struct Prompt {
-    has_bf16: bool,
+    math: Math,
     /// Whether [`Dense`] is worth its memory on this chip.
     wants_dense: bool,
     dense: OnceLock<Option<Dense>>,
@@ -459,6 +539,7 @@ pub(crate) struct Prompt {
     attention: Vec<(AttentionKey, AttentionFunctions)>,
     delta: Vec<(DeltaKey, DeltaFunctions)>,
     norm: Function,
+    round: Function,
     swiglu: Function,
     swiglu_halves: Function,
     gated_norm: Function,
@@ -487,12 +568,12 @@ impl AttentionKey {
         Self { head_dim, n_heads, n_kv_heads, gated, n_rot, adjacent, qk_norm: b.attn_q_norm.is_some(), kv }
     }
 
-    fn is_flash(&self, has_bf16: bool) -> bool {
-        has_bf16 && self.kv == KvDtype::Bf16 && self.head_dim.is_multiple_of(64) && self.head_dim <= 256
+    fn is_flash(&self, math: Math) -> bool {
+        math.bf16 && self.kv == KvDtype::Bf16 && self.head_dim.is_multiple_of(64) && self.head_dim <= 256
     }
 
-    fn rows(&self, has_bf16: bool) -> usize {
-        if self.is_flash(has_bf16) { FLASH_ROWS } else { PLAIN_ROWS }
+    fn rows(&self, math: Math) -> usize {
+        if self.is_flash(math) { FLASH_ROWS } else { PLAIN_ROWS }
     }
 
     fn program(&self) -> Program {
@@ -554,6 +635,7 @@ impl DeltaKey {
 fn program_rows() -> Program {
     Program::new("prompt.cu", include_str!("prompt.cu"))
         .args::<RowsArgs>("ROWS_ARGS")
+        .args::<RoundArgs>("ROUND_ARGS")
         .args::<SwigluArgs>("SWIGLU_ARGS")
         .args::<SwigluHalvesArgs>("SWIGLU_HALVES_ARGS")
         .args::<GatedNormArgs>("GATED_NORM_ARGS")
@@ -623,38 +705,37 @@ pub(crate) fn table_bytes<W>(blocks: &[Block<W>], n_tokens: usize, n_sequences: 
 
 /// Bytes of scratch memory that any block needs for up to `n_tokens` tokens in `n_sequences` runs.
 pub(crate) fn scratch_bytes(blocks: &[Block<Weight>], n_tokens: usize, n_sequences: usize) -> usize {
-    [false, true]
-        .map(|has_bf16| scratch_bytes_of(blocks, n_tokens, n_sequences, has_bf16))
-        .into_iter()
-        .max()
-        .unwrap_or(0)
+    let kinds = [false, true].into_iter().flat_map(|bf16| [false, true].map(|int8| Math { bf16, int8 }));
+    kinds.map(|math| scratch_bytes_of(blocks, n_tokens, n_sequences, math)).max().unwrap_or(0)
 }
 
-fn scratch_bytes_of(blocks: &[Block<Weight>], n_tokens: usize, n_sequences: usize, has_bf16: bool) -> usize {
-    let chunk = chunk_len(has_bf16);
+fn scratch_bytes_of(blocks: &[Block<Weight>], n_tokens: usize, n_sequences: usize, math: Math) -> usize {
+    let chunk = chunk_len(math);
     let bytes = |block: &Block<Weight>| {
         let block = &crate::backend::unplaced(block);
         let mut s = Scratch::new(Ptr::NULL.offset(ALIGN));
-        s.dense(n_tokens);
+        if !math.int8 {
+            s.dense(n_tokens);
+        }
         match block {
             Block::Embed(_) => {}
             Block::Attention(b) => {
-                AttentionBuffers::new(&mut s, b, n_tokens, has_bf16);
+                AttentionBuffers::new(&mut s, b, n_tokens, math);
             }
             Block::DeltaNet(b) => {
                 let n_chunks = n_tokens / chunk + n_sequences;
-                DeltaBuffers::new(&mut s, b, n_tokens, n_chunks, chunk, has_bf16);
+                DeltaBuffers::new(&mut s, b, n_tokens, n_chunks, chunk, math);
             }
             Block::Ffn(b) => {
-                s.forms(n_tokens * b.shape.n_embd, &[&b.ffn_gate.weight, &b.ffn_up.weight], has_bf16);
+                s.forms(n_tokens * b.shape.n_embd, &[&b.ffn_gate.weight, &b.ffn_up.weight], math);
                 let linears = (&b.ffn_gate, &b.ffn_up, &b.ffn_down);
-                PairBuffers::new(&mut s, linears, n_tokens, b.shape.n_ff, false, has_bf16);
+                PairBuffers::new(&mut s, linears, n_tokens, b.shape.n_ff, false, math);
             }
             Block::Moe(b) => {
-                MoeBuffers::new(&mut s, b, n_tokens, has_bf16);
+                MoeBuffers::new(&mut s, b, n_tokens, math);
             }
             Block::Head(b) => {
-                s.forms(n_tokens * b.shape.n_embd, &[&b.output.weight], has_bf16);
+                s.forms(n_tokens * b.shape.n_embd, &[&b.output.weight], math);
             }
         }
         s.ranges.total()
@@ -663,8 +744,8 @@ fn scratch_bytes_of(blocks: &[Block<Weight>], n_tokens: usize, n_sequences: usiz
 }
 
 /// Tokens of a chunk of the delta rule: what fits the shared memory of a chip.
-fn chunk_len(has_bf16: bool) -> usize {
-    if has_bf16 { 64 } else { 32 }
+fn chunk_len(math: Math) -> usize {
+    if math.bf16 { 64 } else { 32 }
 }
 
 /// One launch of a block: the device, and the memory for [`Dense`] products.
@@ -676,7 +757,7 @@ struct Call<'a> {
 impl Prompt {
     /// Takes the memory for [`Dense`] products of `n_rows` rows from `s`.
     fn call<'a>(&'a self, device: &'a Device, s: &mut Scratch, n_rows: usize) -> Call<'a> {
-        let memory = s.dense(n_rows);
+        let memory = if self.math.int8 { None } else { s.dense(n_rows) };
         let library = || self.dense.get_or_init(|| if self.wants_dense { Dense::load() } else { None }).as_ref();
         let dense = memory.and_then(|(panel, workspace)| library().map(|dense| (dense, panel, workspace)));
         Call { device, dense }
@@ -691,17 +772,32 @@ impl Prompt {
         blocks: &[Block<DeviceWeight>],
         kv: KvDtype,
         arch: (i32, i32),
+        products: Products,
     ) -> Result<Self, Error> {
-        let has_bf16 = arch >= (8, 0);
-        let chunk = chunk_len(has_bf16);
+        let math = Math { bf16: arch >= (8, 0), int8: products == Products::Int8 };
+        let chunk = chunk_len(math);
         let mut gemm = HashMap::new();
         for ty in matrix_types(blocks) {
             let mut of = |is_pair| {
+                let is_int8 = math.int8 && ty.is_quantised();
                 let mut function = |rows: &usize| {
-                    let entry = if *rows == TILES[2] { "gemm_tile" } else { "gemm_rows" };
-                    linker.function(program_gemm(ty, is_pair, *rows), entry, tile_shared(*rows, has_bf16))
+                    let (entry, shared) = match *rows {
+                        rows if is_int8 => ("gemm_int8", int8_shared(rows, math.stages())),
+                        rows if rows == TILES[2] => ("gemm_tile", tile_shared(rows, math)),
+                        _ => ("gemm_rows", 0),
+                    };
+                    let mut program = program_gemm(ty, is_pair, *rows);
+                    if is_int8 {
+                        program = program.define("INT8", 1).define("INT8_SHARED", int8_shared(*rows, 3));
+                    }
+                    linker.function(program, entry, shared)
                 };
-                let tiles: &[usize] = if ty == TensorType::F32 { &[] } else { &TILES };
+                let of_int8 = tiles_int8(ty);
+                let tiles: &[usize] = match ty {
+                    TensorType::F32 => &[],
+                    _ if is_int8 => &of_int8,
+                    _ => &TILES,
+                };
                 tiles.iter().map(&mut function).collect::<Result<Vec<_>, _>>()
             };
             let (plain, pair) = (of(false)?, of(true)?);
@@ -719,7 +815,7 @@ impl Prompt {
                 Block::Attention(b) => {
                     let key = AttentionKey::new(b, kv);
                     if attention.iter().all(|(k, _)| *k != key) {
-                        let is_flash = key.is_flash(has_bf16);
+                        let is_flash = key.is_flash(math);
                         let (entry, shared) = if is_flash {
                             ("attention_flash", 3 * FLASH_ROWS * key.head_dim * 2)
                         } else {
@@ -751,14 +847,15 @@ impl Prompt {
         }
         let mut function = |entry| linker.function(program_rows(), entry, 0);
         Ok(Self {
-            has_bf16,
-            wants_dense: wants_dense(arch),
+            math,
+            wants_dense: products == Products::Library,
             dense: OnceLock::new(),
             chunk,
             gemm,
             attention,
             delta,
             norm: function("norm_rows")?,
+            round: function("round_rows")?,
             swiglu: function("swiglu_rows")?,
             swiglu_halves: function("swiglu_halves")?,
             gated_norm: function("gated_norm_rows")?,
@@ -810,7 +907,7 @@ impl Prompt {
         };
         for block in blocks {
             let Block::Attention(b) = block else { continue };
-            let height = AttentionKey::new(b, kv).rows(self.has_bf16);
+            let height = AttentionKey::new(b, kv).rows(self.math);
             let key = (height, b.shape.n_heads / b.shape.n_kv_heads);
             if tables.blocks.iter().any(|(k, ..)| *k == key) {
                 continue;
@@ -851,13 +948,13 @@ impl Prompt {
         let shape = &b.shape;
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, t.n_tokens);
-        let s = AttentionBuffers::new(&mut s, b, t.n_tokens, self.has_bf16);
+        let s = AttentionBuffers::new(&mut s, b, t.n_tokens, self.math);
         self.norm_rows(c, x, &b.attn_norm, Ptr::NULL, &s.h, t.n_tokens, shape.rms_eps)?;
         for (linear, y) in [(&b.attn_q, s.q), (&b.attn_k, s.k), (&b.attn_v, s.v)] {
             self.gemm(c, linear, &s.h, t.n_tokens, y, None, false)?;
         }
-        let out_form = form(b.attn_output.weight.ty, b.attn_output.weight.n_cols, self.has_bf16);
-        let (rows, group) = (key.rows(self.has_bf16), shape.n_heads / shape.n_kv_heads);
+        let out_form = form(b.attn_output.weight.ty, b.attn_output.weight.n_cols, self.math);
+        let (rows, group) = (key.rows(self.math), shape.n_heads / shape.n_kv_heads);
         let (_, blocks, n_blocks) =
             t.blocks.iter().find(|(k, ..)| *k == (rows, group)).expect("the tables cover the block");
         let ptr = |w: &Option<DeviceWeight>| w.as_ref().map_or(Ptr::NULL, |w| w.ptr);
@@ -874,12 +971,12 @@ impl Prompt {
             k_cache: keys,
             v_cache: values,
             q_rotated: s.rotated,
-            out: s.out.get(out_form),
+            out: s.out.get(out_form.written()),
             n_ctx: n_ctx as u64,
             rope_magnitude: constants.magnitude as f32,
             eps: shape.rms_eps,
             flash: i32::from(f.is_flash),
-            out_kind: out_form as i32,
+            out_kind: out_form.kind(),
         };
         let prepare = Launch::grid(t.n_tokens, (shape.n_heads + 2 * shape.n_kv_heads).div_ceil(4), 1, 128);
         let threads = if f.is_flash { 128 } else { 256 };
@@ -889,6 +986,7 @@ impl Prompt {
             f.prepare.launch(device, prepare, &args)?;
             f.attend.launch(device, attend, &args)?;
         }
+        self.round(c, &s.out, t.n_tokens * shape.n_heads * shape.head_dim)?;
         self.gemm(c, &b.attn_output, &s.out, t.n_tokens, x, None, true)
     }
 
@@ -911,7 +1009,7 @@ impl Prompt {
         let (d, n) = (&b.shape, t.n_tokens);
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, n);
-        let s = DeltaBuffers::new(&mut s, b, n, t.n_chunks, self.chunk, self.has_bf16);
+        let s = DeltaBuffers::new(&mut s, b, n, t.n_chunks, self.chunk, self.math);
         self.norm_rows(c, x, &b.attn_norm, Ptr::NULL, &s.h, n, d.rms_eps)?;
         let projections = [(&b.attn_qkv, s.u), (&b.attn_gate, s.z), (&b.ssm_beta, s.beta), (&b.ssm_alpha, s.alpha)];
         for (linear, y) in projections {
@@ -956,7 +1054,7 @@ impl Prompt {
             o: s.o,
             z: s.z,
             w: b.ssm_norm.ptr,
-            y: s.out,
+            y: s.out.written,
             n_rows: n_i32,
             s: d.head_dim as i32,
             eps,
@@ -964,6 +1062,7 @@ impl Prompt {
         };
         // SAFETY: all buffers hold n_tokens * n_v_heads rows of head_dim.
         unsafe { self.gated_norm.launch(device, Launch::new(n_rows.div_ceil(8), 256), &norm)? };
+        self.round(c, &s.out, n * d.n_value())?;
         self.gemm(c, &b.ssm_out, &s.out, n, x, None, true)
     }
 
@@ -984,11 +1083,11 @@ impl Prompt {
         let n = t.n_tokens;
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, n);
-        let h = s.forms(n * b.shape.n_embd, &[&b.ffn_gate.weight, &b.ffn_up.weight], self.has_bf16);
+        let h = s.forms(n * b.shape.n_embd, &[&b.ffn_gate.weight, &b.ffn_up.weight], self.math);
         self.norm_rows(c, x, &b.ffn_norm, Ptr::NULL, &h, n, b.shape.rms_eps)?;
         let add = |b: &Ffn<DeviceWeight>| {
             let linears = (&b.ffn_gate, &b.ffn_up, &b.ffn_down);
-            let pair = PairBuffers::new(&mut s.clone(), linears, n, b.shape.n_ff, false, self.has_bf16);
+            let pair = PairBuffers::new(&mut s.clone(), linears, n, b.shape.n_ff, false, self.math);
             self.gemm_pair(c, linears, &h, n, b.shape.n_ff, &pair, None)?;
             self.gemm(c, &b.ffn_down, &pair.out, n, x, None, true)
         };
@@ -1024,7 +1123,7 @@ impl Prompt {
         let n_rows = n * m.n_used;
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, n);
-        let s = MoeBuffers::new(&mut s, b, n, self.has_bf16);
+        let s = MoeBuffers::new(&mut s, b, n, self.math);
         self.norm_rows(c, x, &b.ffn_norm, Ptr::NULL, &s.h, n, m.rms_eps)?;
         let bare = |w: &DeviceWeight| Linear { weight: *w, scale: None, bias: None };
         self.gemm(c, &bare(&b.ffn_gate_inp), &s.h, n, s.logits, None, false)?;
@@ -1132,7 +1231,7 @@ impl Prompt {
     ) -> Result<(), Error> {
         let mut s = Scratch::new(scratch);
         let c = &self.call(device, &mut s, n_wanted);
-        let h = s.forms(n_wanted * b.shape.n_embd, &[&b.output.weight], self.has_bf16);
+        let h = s.forms(n_wanted * b.shape.n_embd, &[&b.output.weight], self.math);
         self.norm_rows(c, x, &b.output_norm, wanted, &h, n_wanted, b.shape.rms_eps)?;
         self.gemm(c, &b.output, &h, n_wanted, logits, None, false)
     }
@@ -1143,21 +1242,42 @@ impl Prompt {
         x: Ptr,
         w: &DeviceWeight,
         gather: Ptr,
-        y: &Forms<Ptr>,
+        y: &Forms,
         n_rows: usize,
         eps: f32,
     ) -> Result<(), Error> {
-        let args = RowsArgs { x, w: w.ptr, gather, y: *y, n: w.n_cols as i32, eps };
+        let args = RowsArgs { x, w: w.ptr, gather, y: y.written, n: w.n_cols as i32, eps };
         // SAFETY: x and y hold the rows; `gather` names rows of x.
-        unsafe { self.norm.launch(c.device, Launch::new(n_rows, 256), &args) }
+        unsafe { self.norm.launch(c.device, Launch::new(n_rows, 256), &args)? };
+        self.round(c, y, n_rows * w.n_cols)
+    }
+
+    /// Makes codes of the floats of `y`, `n` of them, where some product takes codes.
+    fn round(&self, c: &Call, y: &Forms, n: usize) -> Result<(), Error> {
+        for group in [32, 256] {
+            let Codes { codes, heads } = y.codes(group);
+            if codes == Ptr::NULL {
+                continue;
+            }
+            let args = RoundArgs { x: y.written.f32, codes, heads, n: n as u64, group: group as u32, pad: 0 };
+            // SAFETY: the buffers hold `n` elements, whole groups.
+            unsafe { self.round.launch(c.device, Launch::new(n.div_ceil(2048), 256), &args)? };
+        }
+        Ok(())
     }
 
     /// Which tile, and how many rows it has, suits `n_rows` rows a weight: reading weights bounds few rows, the
     /// tensor cores many. The bounds are from an H200, where 32-row tiles are faster up to about 96 rows of one weight
     /// and, as there are many at a time, 32 rows of each of a stack.
     fn tile(&self, w: &DeviceWeight, n_out: usize, n_rows: usize, is_stack: bool) -> (usize, usize) {
-        if form(w.ty, w.n_cols, self.has_bf16) == Form::F32 {
-            return (0, TILE_F32);
+        match form(w.ty, w.n_cols, self.math) {
+            Form::F32 => return (0, TILE_F32),
+            Form::Int8(_) => {
+                let tiles = tiles_int8(w.ty);
+                let i = usize::from(n_rows > tiles[0]);
+                return (i, tiles[i]);
+            }
+            Form::F16 | Form::Bf16 => {}
         }
         let i = match n_rows {
             0..=8 => 0,
@@ -1174,7 +1294,7 @@ impl Prompt {
         &self,
         c: &Call,
         linear: &Linear<DeviceWeight>,
-        x: &Forms<Ptr>,
+        x: &Forms,
         n_rows: usize,
         y: Ptr,
         experts: Option<Experts>,
@@ -1183,7 +1303,7 @@ impl Prompt {
         if self.is_dense(c, linear, n_rows, experts) {
             return self.gemm_dense(c, linear, x, n_rows, y, true, add);
         }
-        self.launch_gemm(c, linear, None, x, n_rows, y, experts, add, false)
+        self.launch_gemm(c, linear, None, x, n_rows, (y, Form::F32), experts, add)
     }
 
     /// Whether [`Prompt::gemm_dense`] takes a product and is faster.
@@ -1194,7 +1314,7 @@ impl Prompt {
             && n_rows >= DENSE_FROM
             && w.n_rows * w.n_cols >= DENSE_WEIGHTS
             && w.n_rows.is_multiple_of(8)
-            && form(w.ty, w.n_cols, self.has_bf16) != Form::F32
+            && form(w.ty, w.n_cols, self.math).is_half()
             && linear.scale.is_none()
             && linear.bias.is_none()
     }
@@ -1204,7 +1324,7 @@ impl Prompt {
         &self,
         c: &Call,
         linear: &Linear<DeviceWeight>,
-        x: &Forms<Ptr>,
+        x: &Forms,
         n_rows: usize,
         y: Ptr,
         y_f32: bool,
@@ -1212,7 +1332,7 @@ impl Prompt {
     ) -> Result<(), Error> {
         let (dense, panel, workspace) = c.dense.expect("is_dense was asked");
         let w = &linear.weight;
-        let form = form(w.ty, w.n_cols, self.has_bf16);
+        let form = form(w.ty, w.n_cols, self.math);
         let most = match self.gemm[&w.ty].decode {
             Some(_) => PANEL_BYTES / (2 * w.n_cols) / 128 * 128,
             None => w.n_rows,
@@ -1249,17 +1369,16 @@ impl Prompt {
         &self,
         c: &Call,
         (gate, up, down): (&Linear<DeviceWeight>, &Linear<DeviceWeight>, &Linear<DeviceWeight>),
-        x: &Forms<Ptr>,
+        x: &Forms,
         n_rows: usize,
         n_ff: usize,
         buffers: &PairBuffers,
         experts: Option<Experts>,
     ) -> Result<(), Error> {
         let Some((g, u)) = buffers.factors else {
-            let out = form(down.weight.ty, down.weight.n_cols, self.has_bf16);
+            let out = form(down.weight.ty, down.weight.n_cols, self.math);
             let y = buffers.out.get(out);
-            if let (Some((g, u)), true) =
-                (buffers.halves, out == form(gate.weight.ty, gate.weight.n_cols, self.has_bf16))
+            if let (Some((g, u)), true) = (buffers.halves, out == form(gate.weight.ty, gate.weight.n_cols, self.math))
                 && self.is_dense(c, gate, n_rows, experts)
                 && self.is_dense(c, up, n_rows, experts)
             {
@@ -1272,14 +1391,16 @@ impl Prompt {
                 // SAFETY: the buffers hold n_rows rows of n_ff, an even number.
                 return unsafe { self.swiglu_halves.launch(c.device, launch, &args) };
             }
-            return self.launch_gemm(c, gate, Some(up), x, n_rows, y, experts, false, out == Form::F16);
+            self.launch_gemm(c, gate, Some(up), x, n_rows, (buffers.out.get(out.written()), out), experts, false)?;
+            return self.round(c, &buffers.out, n_rows * n_ff);
         };
         self.gemm(c, gate, x, n_rows, g, experts, false)?;
         self.gemm(c, up, x, n_rows, u, experts, false)?;
         let n = n_rows * n_ff;
-        let args = SwigluArgs { gate: g, up: u, y: buffers.out, n: n as u64 };
+        let args = SwigluArgs { gate: g, up: u, y: buffers.out.written, n: n as u64 };
         // SAFETY: the buffers hold n_rows rows of n_ff.
-        unsafe { self.swiglu.launch(c.device, Launch::new(n.div_ceil(256), 256), &args) }
+        unsafe { self.swiglu.launch(c.device, Launch::new(n.div_ceil(256), 256), &args)? };
+        self.round(c, &buffers.out, n)
     }
 
     fn launch_gemm(
@@ -1287,24 +1408,26 @@ impl Prompt {
         c: &Call,
         linear: &Linear<DeviceWeight>,
         up: Option<&Linear<DeviceWeight>>,
-        x: &Forms<Ptr>,
+        x: &Forms,
         n_rows: usize,
-        y: Ptr,
+        (y, y_form): (Ptr, Form),
         experts: Option<Experts>,
         add: bool,
-        y_f16: bool,
     ) -> Result<(), Error> {
         let w = &linear.weight;
         let n_experts = experts.map_or(1, |e| e.n_experts);
         let n_out = w.n_rows;
         let functions = &self.gemm[&w.ty];
         let (i, mut height) = self.tile(w, n_out, n_rows.div_ceil(n_experts), n_experts > 1);
-        let (function, per_block) = match form(w.ty, w.n_cols, self.has_bf16) {
+        let form = form(w.ty, w.n_cols, self.math);
+        let (function, per_block) = match form {
             Form::F32 if functions.f32_many.is_some() && experts.is_none() && n_rows >= TILE_F32_MANY => {
                 height = TILE_F32_MANY;
                 (functions.f32_many.expect("asked in the guard"), 64)
             }
             Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), 16),
+            Form::Int8(_) if up.is_some() => (functions.pair[i], 64),
+            Form::Int8(_) => (functions.plain[i], 128),
             _ if up.is_some() => (functions.pair[i], [16, 16, 64][i]),
             _ => (functions.plain[i], [32, 32, 128][i]),
         };
@@ -1313,7 +1436,8 @@ impl Prompt {
             w: w.ptr,
             w2: ptr(up.map(|l| &l.weight)),
             n_blocks: w.n_blocks() as u64,
-            x: x.get(form(w.ty, w.n_cols, self.has_bf16)),
+            x: x.get(form),
+            heads: if let Form::Int8(group) = form { x.codes(group).heads } else { Ptr::NULL },
             gather: experts.map_or(Ptr::NULL, |e| e.gather),
             tiles: experts.map_or(Ptr::NULL, |e| e.tiles),
             n_tiles: experts.map_or(Ptr::NULL, |e| e.n_tiles),
@@ -1326,10 +1450,12 @@ impl Prompt {
             n_in: w.n_cols as i32,
             ld_y: n_out as i32,
             add: i32::from(add),
-            y_f16: i32::from(y_f16),
+            y_kind: y_form.kind(),
         };
         let tiles = if experts.is_some() { max_tiles(n_rows, n_experts, height) } else { n_rows.div_ceil(height) };
-        let shared = if height == TILES[2] { tile_shared(height, self.has_bf16) } else { 0 };
+        let shared =
+            if form.is_int8() { int8_shared(height, self.math.stages()) } else { tile_shared(height, self.math) };
+        let shared = if form == Form::F32 { 0 } else { shared };
         let launch = Launch::grid(n_out.div_ceil(per_block), tiles, 1, 256).shared(shared);
         // SAFETY: the weight, n_rows rows of x (or those that `gather` names) and of y are where `args` says.
         unsafe { function.launch(c.device, launch, &args) }
@@ -1337,6 +1463,12 @@ impl Prompt {
 }
 
 /// Bytes of shared memory of a product with tiles of `rows` rows.
-fn tile_shared(rows: usize, has_bf16: bool) -> usize {
-    if rows < TILES[2] { 0 } else { (2 * 128 + if has_bf16 { 3 } else { 2 } * rows) * 128 }
+fn tile_shared(rows: usize, math: Math) -> usize {
+    if rows < TILES[2] { 0 } else { (2 * 128 + math.stages() * rows) * 128 }
+}
+
+/// Bytes of shared memory of `gemm_int8` with tiles of `rows` rows: as Shared in gemm.cu, for the type with the most
+/// scales.
+fn int8_shared(rows: usize, stages: usize) -> usize {
+    (2 * 128 + stages * rows) * 64 + stages * 2 * rows * 8 + 2 * 2 * 4 * 128 * 4
 }

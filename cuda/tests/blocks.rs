@@ -62,6 +62,18 @@ const BOUND_QUANTISED: f64 = 0.035;
 /// The gated norm enlarges the rounding of rows whose delta-net output is small.
 const BOUND_DELTA_NET: f64 = 0.08;
 
+/// Compiles what `cases` need on all cores, into the cache.
+pub fn compile(cases: &[Case], device: &Device, compiler: &Compiler) {
+    let programs: Vec<_> = cases
+        .iter()
+        .flat_map(|case| {
+            tandem_cuda::programs(&[case.block().0], &options(case), device.n_sms(), device.products()).unwrap()
+        })
+        .collect();
+    let (major, minor) = device.compute_capability();
+    compiler.cubins(&programs, &format!("sm_{major}{minor}")).unwrap_or_else(|e| panic!("{e}"));
+}
+
 /// Runs the cases of a kind: references and compilations on all cores, then case after case on the GPU.
 fn check(kind: &str) {
     let Some((device, compiler)) = gpu() else { return };
@@ -82,12 +94,7 @@ fn check(kind: &str) {
             });
         }
     });
-    let programs: Vec<_> = cases
-        .iter()
-        .flat_map(|case| tandem_cuda::programs(&[case.block().0], &options(case), device.n_sms()).unwrap())
-        .collect();
-    let (major, minor) = device.compute_capability();
-    compiler().cubins(&programs, &format!("sm_{major}{minor}")).unwrap_or_else(|e| panic!("{e}"));
+    compile(&cases, &device, &compiler());
     let mut failed = Vec::new();
     for (case, expected) in cases.iter().zip(expected.into_inner().unwrap()) {
         let quantised = case.types.iter().any(|ty| ty.is_quantised());

@@ -85,6 +85,11 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
     let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
     let plan = args.wishes.plan(&opened.model, &machine, &wishes)?;
     options.isa = plan.isa; // that of a saved plan
+    if let Some(note) = &machine.gpu_note
+        && !args.wishes.leaves_gpu_out()
+    {
+        eprintln!("{note}; running on the CPU");
+    }
     let start = Instant::now();
     let engine = match load(opened, plan, &options) {
         Err(error @ Error::Cuda(_)) if !args.wishes.asks_for_gpu() => {

@@ -143,6 +143,12 @@ impl WishArgs {
             || self.place.iter().any(gpu)
     }
 
+    /// Whether the user wants no GPU, so that a missing one needs no word.
+    pub fn leaves_gpu_out(&self) -> bool {
+        let no_memory = !self.vram.is_empty() && self.vram.iter().all(|bytes| *bytes == 0);
+        no_memory || self.gpu_layers == Some(0)
+    }
+
     /// The machine to plan for: the one asked for, else this one.
     pub fn machine(&self) -> Result<Machine> {
         match &self.machine {

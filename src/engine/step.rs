@@ -34,6 +34,9 @@ pub struct Engine {
     runs: Vec<Run>,
     /// Which experts lie on the GPUs, and their uses.
     experts: Mutex<Experts>,
+    /// Held from the first launch of a step to the last answer of the CPU workers: of two sessions on two threads one
+    /// would have the GPU and the other the workers, and each would wait for the other.
+    turn: Mutex<()>,
 }
 
 /// Everything that changes while an engine runs: KV rows and GDN states by slot, and the buffers of a step.
@@ -184,11 +187,15 @@ impl Engine {
                 }
             }
         }
-        Ok(Self { model, plan, cpu, gpus, runs, experts: Mutex::new(Experts::new(layers)) })
+        Ok(Self { model, plan, cpu, gpus, runs, experts: Mutex::new(Experts::new(layers)), turn: Mutex::new(()) })
     }
 
     fn experts(&self) -> std::sync::MutexGuard<'_, Experts> {
         self.experts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Uses of routed experts in steps of single tokens so far.
@@ -295,6 +302,7 @@ impl Engine {
         for sequence in batch.sequences.iter().filter(|s| s.position == 0) {
             states.reset(sequence.slot); // on a GPU a sequence begins anew at position 0 by itself
         }
+        let _turn = self.turn();
         let n_embd = self.model.n_embd;
         states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
         let is_decode = batch.wanted.len() == batch.sequences.len() && is_decode(batch);
@@ -429,6 +437,7 @@ impl Engine {
         }
         let position = prefix.len() - 1;
         let feed = Feed { slot, position, token: prefix[position] };
+        let _turn = self.turn();
         gpu.launch(&mut states.gpus[0], &[feed], &[(options, prefix)])?;
         let batch = Batch::single(slot, position, &prefix[position..], false);
         self.serve(tasks, &batch, states)?;

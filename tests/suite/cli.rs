@@ -128,6 +128,30 @@ fn contradicting_options_are_refused_unless_one_is_of_the_environment() {
     assert!(tandem(&plain, &[("TANDEM_SYSTEM", "Be brief.")]).status.success(), "the system message yields");
 }
 
+/// Where there is no driver the CPU does it and tandem says why; who asks for a GPU, or for none, gets no other answer.
+#[test]
+fn without_a_driver_the_cpu_runs_unless_a_gpu_was_asked_for() {
+    const NO_DRIVER: &str = "no NVIDIA driver: libcuda was not found";
+    if !String::from_utf8_lossy(&tandem(&["probe"], &[]).stdout).contains(NO_DRIVER) {
+        return println!("skipped: there is a driver");
+    }
+    let model = golden("qwen35-f32.gguf");
+    let run = ["run", &model, "-p", "x", "-n", "1"];
+    let words = |more: &[&str]| {
+        let ran = tandem(&[&run[..], more].concat(), &[]);
+        assert!(ran.status.success(), "{more:?}: {}", String::from_utf8_lossy(&ran.stderr));
+        String::from_utf8_lossy(&ran.stderr).into_owned()
+    };
+    let fallen_back = words(&[]);
+    assert!(fallen_back.contains(NO_DRIVER) && fallen_back.contains("; running on the CPU"), "{fallen_back}");
+    for nothing in [["--vram", "0"], ["--gpu-layers", "0"]] {
+        assert!(!words(&nothing).contains("driver"), "{nothing:?}");
+    }
+    for asked in [["--vram", "8G"], ["--gpu-layers", "1"], ["--place", "*=cuda0"]] {
+        assert_refused(&[&run[..], &asked].concat(), &[], 1, &[NO_DRIVER]);
+    }
+}
+
 #[test]
 fn a_template_that_fails_is_reported_with_its_file() {
     let mut model = std::fs::read(golden("qwen35-f32.gguf")).unwrap();

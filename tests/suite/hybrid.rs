@@ -187,6 +187,23 @@ fn streamed_story_goes_on_with_the_shares_of_the_cpu() {
     }
 }
 
+/// Two sessions of one engine on two threads take turns: each tells what it tells alone.
+#[test]
+fn two_sessions_of_a_shared_model_take_turns() {
+    let Some(machine) = machine() else { return };
+    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    let model = tandem::model::describe(&file).unwrap();
+    let plan = plan(&model, &machine, &["embed=cpu", "blk.*.ffn=cuda0:50%"], 256, 256, true);
+    let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
+    let prompts: [Vec<u32>; 2] = [0, 1].map(|k| (0..12).map(|i| 40 + (7 + k) * i).collect());
+    let alone = prompts.each_ref().map(|prompt| greedy(&engine, prompt, 100).0);
+    let together = std::thread::scope(|scope| {
+        let told = prompts.each_ref().map(|prompt| scope.spawn(|| greedy(&engine, prompt, 100).0));
+        told.map(|story| story.join().unwrap())
+    });
+    assert_eq!(alone, together);
+}
+
 /// Greedy text of 200 tokens at 50 random placements is that of the CPU, and nothing hangs.
 #[test]
 fn shared_story_is_the_story_of_the_cpu() {
