@@ -438,8 +438,8 @@ impl Backend {
         Ok(())
     }
 
-    /// Calls `f` with each block whose mixture was streamed to the GPU in the last batch, if its experts change, and how
-    /// often each of them was chosen `[n_experts]`, once the batch is done.
+    /// Calls `f` with each block whose mixture was streamed to the GPU in the last batch, if its experts change, and
+    /// how often each of them was chosen `[n_experts]`, once the batch is done.
     ///
     /// # Errors
     /// What the driver says.

@@ -103,7 +103,8 @@ pub(crate) struct ExpertSlots {
     arrived: Event,
     copies: Queue,
     set: Function,
-    /// How often each expert of each mixture was chosen in the last batch that was streamed, i32, and when they are there.
+    /// How often each expert of each mixture was chosen in the last batch that was streamed, i32, and when this is
+    /// there.
     counts: Pinned,
     counted: Event,
     staging: Arena,
@@ -182,8 +183,8 @@ impl ExpertSlots {
         self.counted.record(self.device.stream())
     }
 
-    /// Calls `f` with the blocks whose counts have come since the last call, and these. Those of a batch whose successor
-    /// was queued before anybody asked are lost.
+    /// Calls `f` with the blocks whose counts have come since the last call, and these. Those of a batch whose
+    /// successor was queued before anybody asked are lost.
     ///
     /// # Errors
     /// What the driver says.

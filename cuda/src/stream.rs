@@ -192,8 +192,8 @@ impl StreamLayout {
         self.total
     }
 
-    /// Of them, bytes of the slots, which grow with the largest unit, and of the chunks, which do not grow; the rest adds
-    /// up over shares.
+    /// Of them, bytes of the slots, which grow with the largest unit, and of the chunks, which do not grow; the rest
+    /// adds up over shares.
     pub fn shared_bytes(&self) -> (usize, usize) {
         let of = |ranges: &[Range]| ranges.iter().map(|r| r.bytes.next_multiple_of(ALIGN)).sum();
         (of(&self.slots), of(&self.chunks))

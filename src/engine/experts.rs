@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn hot_experts_come() {
         let mut experts = two_layers(Some(1 << 20));
-        let ids: Vec<u32> = (0..20).flat_map(|_| [7, 6, 7, 0 | ELSEWHERE]).collect();
+        let ids: Vec<u32> = (0..20).flat_map(|_| [7, 6, 7, ELSEWHERE]).collect();
         experts.note(11, &ids, false);
         experts.pass(20);
         let exchanges = experts.exchanges(0);

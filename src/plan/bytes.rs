@@ -9,6 +9,8 @@ use tandem_spec::{Attention, Block, KvDtype, Model, StateBytes, Weight};
 
 /// Kept free on a GPU: other programs on the desktop come and go.
 const CUDA_RESERVE: u64 = 256 << 20;
+/// Tokens of a batch from which on a GPU multiplies on its tensor cores.
+pub(super) const PROMPT_FROM: usize = tandem_cuda::PROMPT_FROM;
 /// Kept free in main memory: the system, the tokenizer, this process.
 const HOST_RESERVE: u64 = 512 << 20;
 /// Copies of states that a session keeps take at most this, and at most a part of main memory.
@@ -322,8 +324,8 @@ pub(super) fn mailbox_entry(model: &Model, blocks: &[usize], gpu: Device, sizes:
 }
 
 /// What it takes so that the experts of the mixtures `blocks`, which a GPU shares with the CPU, can change: what they
-/// pass through on their way, the page tables of the CPU's copy, which is pinned (8 bytes for 4 KiB), and in main memory
-/// the counts of their uses.
+/// pass through on their way, the page tables of the CPU's copy, which is pinned (8 bytes for 4 KiB), and in main
+/// memory the counts of their uses.
 pub(super) fn exchange_entries<'b>(
     blocks: impl Iterator<Item = &'b Block<Weight>>,
     gpu: Device,

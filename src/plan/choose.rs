@@ -277,7 +277,8 @@ impl<'a> Problem<'a> {
 
     /// The fastest placement that fits.
     pub fn solve(&self) -> Result<Outcome, Refusal> {
-        let (mut cached, mut fixed): (Option<(f64, Outcome)>, Option<(f64, Outcome)>) = (None, None);
+        type Best = Option<(f64, Outcome)>;
+        let (mut cached, mut fixed): (Best, Best) = (None, None);
         let mut nearest: Option<Overflow> = None;
         for sizes in self.candidate_sizes() {
             let tables = Tables::new(self, sizes);
@@ -863,7 +864,7 @@ pub(super) fn break_even(problem: &Problem, outcome: &Outcome) -> usize {
     };
     let prompt = problem.wishes.workload.prompt;
     // The tensor cores, which streamed weights are for, take no smaller batches.
-    let least = time::GPU_PROMPT_FROM;
+    let least = bytes::PROMPT_FROM;
     let (mut no, mut yes) = (least - 1, prompt.div_ceil(prompt.div_ceil(outcome.sizes.n_batch)).max(least));
     while yes - no > 1 {
         let middle = no.midpoint(yes);

@@ -8,7 +8,7 @@
 //! Rates are facts of the machine. The constants here are facts of our kernels, measured on an H200 (`cargo bench -p
 //! tandem-cuda --bench decode` and `prompt`: time of each kind of block of five models); none belongs to a model.
 
-use super::bytes::Sizes;
+use super::bytes::{PROMPT_FROM, Sizes};
 use super::{Device, Plan, Share};
 use crate::machine::{Gpu, Host, KernelRate, Machine};
 use tandem_cpu::Isa;
@@ -44,9 +44,7 @@ const GPU_COMBINE_US: f64 = 0.1;
 /// Host side of a step: bookkeeping, the wait, the token read back, microseconds.
 const GPU_STEP_US: f64 = 25.0;
 
-/// Tokens of a batch from which on a GPU multiplies on its tensor cores, and those that one pass of the other kernels
-/// takes.
-pub(super) const GPU_PROMPT_FROM: usize = tandem_cuda::PROMPT_FROM;
+/// Tokens that one pass of the kernels of less than [`PROMPT_FROM`] tokens takes.
 const GPU_PASS: usize = 8;
 /// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for
 /// the rows of a tile; fewer rows than a tile has take as long.
@@ -350,7 +348,7 @@ impl Rates<'_> {
     pub fn seconds(&self, work: &Work) -> f64 {
         match *self {
             Rates::Cpu { host, threads } => cpu_seconds(host, threads, work),
-            Rates::Gpu(gpu) if work.n_tokens < GPU_PROMPT_FROM => gpu_token_seconds(gpu, work),
+            Rates::Gpu(gpu) if work.n_tokens < PROMPT_FROM => gpu_token_seconds(gpu, work),
             Rates::Gpu(gpu) => gpu_prompt_seconds(gpu, work),
         }
     }

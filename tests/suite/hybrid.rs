@@ -167,8 +167,8 @@ fn streamed_models_give_the_golden_logits() {
     assert!(failed.is_empty(), "{} of {n_checked}: {failed:#?}", failed.len());
 }
 
-/// A prompt in two streamed batches and a short one of the CPU, then 60 tokens that both sides generate: the text is the
-/// CPU's.
+/// A prompt in two streamed batches and a short one of the CPU, then 60 tokens that both sides generate: the text is
+/// the CPU's.
 #[test]
 fn streamed_story_goes_on_with_the_shares_of_the_cpu() {
     let Some(machine) = machine().map(slow_host) else { return };
