@@ -2,9 +2,8 @@
 //! (generation), 8-bit multiply-adds for many (prompts).
 //! `cargo bench -p tandem-cpu --bench matmul -- [--threads N] [--isa NAME] [TYPE ...]`
 
-use std::hint::black_box;
 use std::time::Instant;
-use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows};
+use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows, ReadTest};
 use tandem_spec::TensorType;
 use tandem_spec::testing::{Buffers, Rng, random_blocks};
 
@@ -29,21 +28,10 @@ fn part(len: usize, i: usize, n: usize) -> std::ops::Range<usize> {
     len * i / n..len * (i + 1) / n
 }
 
-/// Best GB/s of reading a buffer in contiguous parts, in huge pages like packed weights.
-fn read_roof(pool: &rayon::ThreadPool, threads: usize) -> f64 {
-    let mut buffer = memmap2::MmapMut::map_anon(COLD_BYTES).expect("memory");
-    #[cfg(target_os = "linux")]
-    let _ = buffer.advise(memmap2::Advice::HugePage);
-    buffer.fill(1);
-    let seconds = time(pool, 9, |i| {
-        let part = &buffer[part(buffer.len(), i, threads)];
-        let sums = part.as_chunks::<256>().0.iter().fold([0u64; 32], |mut sums, chunk| {
-            let words = chunk.as_chunks::<8>().0;
-            sums.iter_mut().zip(words).for_each(|(s, x)| *s ^= u64::from_ne_bytes(*x));
-            sums
-        });
-        black_box(sums);
-    });
+/// Best GB/s of reading in contiguous parts.
+fn read_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
+    let memory = ReadTest::new(COLD_BYTES).expect("memory");
+    let seconds = time(pool, 9, |i| memory.read(isa, part(memory.n_bytes(), i, threads)));
     COLD_BYTES as f64 / seconds[0] / 1e9
 }
 
@@ -143,7 +131,7 @@ fn main() {
     }
     assert!(isa.is_available(), "this processor has no {}", isa.name());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-    let (read, integer) = (read_roof(&pool, threads), integer_roof(&pool, threads, isa));
+    let (read, integer) = (read_roof(&pool, threads, isa), integer_roof(&pool, threads, isa));
     println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
     println!(
         "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 16, 64, 512, share of integer roof"
@@ -162,9 +150,9 @@ fn main() {
                     m.mul(part(m.n_panels(), i, threads), &x, &out);
                 })
             };
-            let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 7);
+            let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 9);
             let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
-            let (best, median) = (rate(seconds[0]), rate(seconds[3]));
+            let (best, median) = (rate(seconds[0]), rate(seconds[4]));
             print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
             let (warm, _) = matrix(&pool, ty, 1024 * threads, n_cols, isa);

@@ -12,8 +12,8 @@ const N_EMBD: usize = 4096;
 const N_FF: usize = 8192;
 /// Steps of one token; the fastest counts, since everything else on the machine only slows a step down.
 const DECODE_STEPS: usize = 12;
-/// Tokens of the batch.
-const PROMPT_TOKENS: usize = 64;
+/// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
+const PROMPT_TOKENS: usize = 256;
 const PROMPT_STEPS: usize = 2;
 
 /// Zeros: speeds do not depend on the values.
