@@ -60,6 +60,20 @@ mod integer {
     }
 
     /// Multiply-adds of one call.
+    pub const AVX_VNNI_OPS: usize = ROUNDS * 12 * 32;
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub fn avx_vnni() {
+        let (w, x) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(5)));
+        let mut sums = [_mm256_setzero_si256(); 12];
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm256_dpbusd_avx_epi32(*s, w, x);
+            }
+        }
+        black_box(sums);
+    }
+
+    /// Multiply-adds of one call.
     pub const AVX512_OPS: usize = ROUNDS * 16 * 64;
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub fn avx512() {
@@ -79,7 +93,10 @@ fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
     let (ops, seconds) = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::AvxVnni | Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
+        Isa::AvxVnni => (integer::AVX_VNNI_OPS, time(pool, 30, |_| unsafe { integer::avx_vnni() })),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller chose an available instruction set.
+        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
         Isa::Amx | Isa::Avx512 => (integer::AVX512_OPS, time(pool, 30, |_| unsafe { integer::avx512() })),

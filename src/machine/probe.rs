@@ -13,7 +13,7 @@ use tandem_cuda::{Compiler, GpuInfo};
 
 /// Changes when the measurement does, so that older files are measured again.
 const CACHE_VERSION: u32 = 4;
-/// Bytes read per pass: several times the last-level cache of any common processor.
+/// Bytes read per pass, and of weights: more than the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
 const READ_PASSES: usize = 3;
@@ -55,7 +55,7 @@ impl Measured {
             read: read_rates(threads, bytes, isa),
             // Written once: untouched pages would all be the same page of zeros.
             copy_gb_per_s: copy_rate(vec![1u64; bytes / 8], threads),
-            kernels: kernels::measure(threads, isa),
+            kernels: kernels::measure(threads, isa, bytes),
             gpus: Vec::new(),
         }
     }
