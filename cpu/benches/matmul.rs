@@ -2,9 +2,8 @@
 //! (generation), 8-bit multiply-adds for many (prompts).
 //! `cargo bench -p tandem-cpu --bench matmul -- [--threads N] [--isa NAME] [TYPE ...]`
 
-use std::hint::black_box;
 use std::time::Instant;
-use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows};
+use tandem_cpu::{ActivationBuffer, Forms, Isa, Matrix, OutRows, ReadTest};
 use tandem_spec::TensorType;
 use tandem_spec::testing::{Buffers, Rng, random_blocks};
 
@@ -29,21 +28,10 @@ fn part(len: usize, i: usize, n: usize) -> std::ops::Range<usize> {
     len * i / n..len * (i + 1) / n
 }
 
-/// Best GB/s of reading a buffer in contiguous parts, in huge pages like packed weights.
-fn read_roof(pool: &rayon::ThreadPool, threads: usize) -> f64 {
-    let mut buffer = memmap2::MmapMut::map_anon(COLD_BYTES).expect("memory");
-    #[cfg(target_os = "linux")]
-    let _ = buffer.advise(memmap2::Advice::HugePage);
-    buffer.fill(1);
-    let seconds = time(pool, 9, |i| {
-        let part = &buffer[part(buffer.len(), i, threads)];
-        let sums = part.as_chunks::<256>().0.iter().fold([0u64; 32], |mut sums, chunk| {
-            let words = chunk.as_chunks::<8>().0;
-            sums.iter_mut().zip(words).for_each(|(s, x)| *s ^= u64::from_ne_bytes(*x));
-            sums
-        });
-        black_box(sums);
-    });
+/// Best GB/s of reading in contiguous parts.
+fn read_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
+    let memory = ReadTest::new(COLD_BYTES).expect("memory");
+    let seconds = time(pool, 9, |i| memory.read(isa, part(memory.n_bytes(), i, threads)));
     COLD_BYTES as f64 / seconds[0] / 1e9
 }
 
@@ -72,6 +60,20 @@ mod integer {
     }
 
     /// Multiply-adds of one call.
+    pub const AVX_VNNI_OPS: usize = ROUNDS * 12 * 32;
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub fn avx_vnni() {
+        let (w, x) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(5)));
+        let mut sums = [_mm256_setzero_si256(); 12];
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm256_dpbusd_avx_epi32(*s, w, x);
+            }
+        }
+        black_box(sums);
+    }
+
+    /// Multiply-adds of one call.
     pub const AVX512_OPS: usize = ROUNDS * 16 * 64;
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub fn avx512() {
@@ -91,7 +93,10 @@ fn integer_roof(pool: &rayon::ThreadPool, threads: usize, isa: Isa) -> f64 {
     let (ops, seconds) = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
-        Isa::AvxVnni | Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
+        Isa::AvxVnni => (integer::AVX_VNNI_OPS, time(pool, 30, |_| unsafe { integer::avx_vnni() })),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller chose an available instruction set.
+        Isa::Avx2 => (integer::AVX2_OPS, time(pool, 30, |_| unsafe { integer::avx2() })),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller chose an available instruction set.
         Isa::Amx | Isa::Avx512 => (integer::AVX512_OPS, time(pool, 30, |_| unsafe { integer::avx512() })),
@@ -143,7 +148,7 @@ fn main() {
     }
     assert!(isa.is_available(), "this processor has no {}", isa.name());
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-    let (read, integer) = (read_roof(&pool, threads), integer_roof(&pool, threads, isa));
+    let (read, integer) = (read_roof(&pool, threads, isa), integer_roof(&pool, threads, isa));
     println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
     println!(
         "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 16, 64, 512, share of integer roof"
@@ -162,9 +167,9 @@ fn main() {
                     m.mul(part(m.n_panels(), i, threads), &x, &out);
                 })
             };
-            let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 7);
+            let seconds = run(&cold, &activations(ty, 1, n_cols), 1, 9);
             let rate = |s: f64| cold.n_bytes() as f64 / s / 1e9;
-            let (best, median) = (rate(seconds[0]), rate(seconds[3]));
+            let (best, median) = (rate(seconds[0]), rate(seconds[4]));
             print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
             let (warm, _) = matrix(&pool, ty, 1024 * threads, n_cols, isa);

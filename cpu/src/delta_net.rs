@@ -5,6 +5,7 @@
 //! Prompts take the recurrent step as well, row by row of the state: four rows stay in the first-level cache while
 //! up to [`TOKENS`] tokens pass.
 
+use crate::gemm::prefetch;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_piece, vector};
@@ -17,6 +18,9 @@ use tandem_spec::{DeltaNet, DeltaNetShape, Sequence, TensorSource, Weight};
 
 /// Tokens that pass while rows of a state stay in the cache.
 const TOKENS: usize = 64;
+
+/// Rows of a state that are asked for ahead.
+const AHEAD: usize = 8;
 
 /// Elements of a worker's tile: normed k and q of [`TOKENS`] tokens, and three numbers a token.
 pub(crate) fn tile_len(shape: &DeltaNetShape) -> usize {
@@ -294,6 +298,7 @@ impl Delta<'_> {
         // checked.
         unsafe {
             let state = self.state.add(row * s);
+            prefetch(state.wrapping_add(AHEAD * s), ROWS * s);
             for t in 0..self.n_tokens {
                 let (k, q) = (self.k.as_ptr().add(t * s), self.q.as_ptr().add(t * s));
                 let (mut sk, mut sq) = ([V::splat(0.0); 4], [V::splat(0.0); 4]);

@@ -183,7 +183,7 @@ const AHEAD: usize = 16;
 
 /// Asks for the cache lines of `n` elements at `p`, which need not be valid.
 #[inline(always)]
-fn prefetch<T>(p: *const T, n: usize) {
+pub(crate) fn prefetch<T>(p: *const T, n: usize) {
     #[cfg(target_arch = "x86_64")]
     for at in (0..n * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

@@ -20,11 +20,9 @@ impl Isa {
     /// All of them, best first.
     pub const ALL: [Isa; 5] = [Isa::Amx, Isa::Avx512, Isa::AvxVnni, Isa::Avx2, Isa::Portable];
 
-    /// The best one that this processor has. AMX is used where it is asked for by name: the last form of its kernels
-    /// has not run on such a processor yet.
+    /// The best one that this processor has.
     pub fn detect() -> Self {
-        let chosen = |isa: &Self| *isa != Isa::Amx && isa.is_available();
-        Self::ALL.into_iter().find(chosen).expect("plain Rust runs anywhere")
+        Self::ALL.into_iter().find(|isa| isa.is_available()).expect("plain Rust runs anywhere")
     }
 
     /// Whether this processor can run it.

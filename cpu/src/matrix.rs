@@ -26,7 +26,7 @@ use std::array::from_fn;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
-use storage::Storage;
+pub(crate) use storage::Storage;
 use tandem_spec::panel::{PanelMemory, Panels, fields};
 use tandem_spec::{TensorSource, TensorType, Weight};
 

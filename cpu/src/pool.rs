@@ -75,8 +75,9 @@ struct Team {
     arrived: Line,
     /// Barriers passed.
     passed: Line,
-    /// Next piece of stage `s`, at `s % 3`: the counter of the stage after the next is cleared while nobody uses it.
-    next: [Line; 3],
+    /// Pieces taken of each worker's share in stage `s`, at `s % 3`: a worker clears its counter of the stage after
+    /// the next while nobody uses it.
+    taken: [Box<[Line]>; 3],
     failed: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -84,9 +85,9 @@ struct Team {
 impl Team {
     fn new(n_workers: usize) -> Self {
         let line = || Line(AtomicUsize::new(0));
-        let next = [line(), line(), line()];
+        let taken = std::array::from_fn(|_| (0..n_workers).map(|_| line()).collect());
         let (failed, panic) = (AtomicBool::new(false), Mutex::new(None));
-        Self { n_workers, arrived: line(), passed: line(), next, failed, panic }
+        Self { n_workers, arrived: line(), passed: line(), taken, failed, panic }
     }
 }
 
@@ -109,9 +110,9 @@ impl Worker<'_> {
     pub fn barrier(&self) {
         let (team, stage) = (self.team, self.stage.get());
         self.stage.set(stage + 1);
+        team.taken[(stage + 2) % 3][self.index].0.store(0, Ordering::Relaxed);
         if team.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == team.n_workers {
             team.arrived.0.store(0, Ordering::Relaxed);
-            team.next[(stage + 2) % 3].0.store(0, Ordering::Relaxed);
             team.passed.0.store(stage + 1, Ordering::Release);
             return;
         }
@@ -129,16 +130,36 @@ impl Worker<'_> {
         }
     }
 
-    /// Takes pieces `0..n` of this stage until none is left; each goes to one worker. Pieces go to whoever is
-    /// free, so that a worker that lost its core delays the others by one piece at most. A stage has one such set.
+    /// Takes pieces `0..n` of this stage until none is left; each goes to one worker: first those of this worker's
+    /// share, in order, so that it reads memory from front to back, then what others have not come to, so that a
+    /// worker that lost its core delays the others by one piece at most. A stage has one such set.
     pub fn pieces(&self, n: usize) -> impl Iterator<Item = usize> {
-        let next = &self.team.next[self.stage.get() % 3].0;
-        std::iter::from_fn(move || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|piece| *piece < n))
+        let taken = &self.team.taken[self.stage.get() % 3];
+        let mut helped = 0;
+        std::iter::from_fn(move || {
+            while helped < self.n_workers() {
+                let owner = (self.index + helped) % self.n_workers();
+                let (share, taken) = (self.share_of(owner, n), &taken[owner].0);
+                // Looked at first: adding takes the line from all who look.
+                if taken.load(Ordering::Relaxed) < share.len() {
+                    let piece = share.start + taken.fetch_add(1, Ordering::Relaxed);
+                    if piece < share.end {
+                        return Some(piece);
+                    }
+                }
+                helped += 1;
+            }
+            None
+        })
     }
 
     /// This worker's share of `0..n`: contiguous, the same for the same worker every time.
     pub fn share(&self, n: usize) -> Range<usize> {
-        n * self.index / self.n_workers()..n * (self.index + 1) / self.n_workers()
+        self.share_of(self.index, n)
+    }
+
+    fn share_of(&self, worker: usize, n: usize) -> Range<usize> {
+        n * worker / self.n_workers()..n * (worker + 1) / self.n_workers()
     }
 }
 

@@ -33,7 +33,7 @@ pub struct Machine {
 pub struct Host {
     /// Model name of the processor.
     pub cpu: String,
-    /// Kernels it runs: `avx512`, `avx2` or `portable`.
+    /// Kernels it runs: `amx`, `avx512`, `avxvnni`, `avx2` or `portable`.
     #[serde(with = "isa_name")]
     pub isa: Isa,
     /// Worker threads that make sense: physical cores, within affinity and the CPU quota of the cgroup.

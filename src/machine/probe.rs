@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 use std::time::Instant;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
-use tandem_cpu::Isa;
+use tandem_cpu::{Isa, ReadTest};
 use tandem_cuda::{Compiler, GpuInfo};
 
 /// Changes when the measurement does, so that older files are measured again.
-const CACHE_VERSION: u32 = 3;
-/// Bytes read per pass: several times the last-level cache of any common processor.
+const CACHE_VERSION: u32 = 4;
+/// Bytes read per pass, and of weights: more than the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
 const READ_PASSES: usize = 3;
@@ -47,16 +47,15 @@ impl Measured {
     /// Measures the host.
     fn host(cpu: &str, isa: Isa, threads: usize, ram_available: u64) -> Self {
         let bytes = READ_BYTES.min((ram_available / 8) as usize).max(1 << 20);
-        // Written once: untouched pages would all be the same page of zeros.
-        let words = vec![1u64; bytes / 8];
         Self {
             version: CACHE_VERSION,
             cpu: cpu.into(),
             isa,
             threads,
-            read: read_rates(threads, &words),
-            copy_gb_per_s: copy_rate(words, threads),
-            kernels: kernels::measure(threads, isa),
+            read: read_rates(threads, bytes, isa),
+            // Written once: untouched pages would all be the same page of zeros.
+            copy_gb_per_s: copy_rate(vec![1u64; bytes / 8], threads),
+            kernels: kernels::measure(threads, isa, bytes),
             gpus: Vec::new(),
         }
     }
@@ -241,12 +240,16 @@ fn write_cache(path: &Path, measured: &Measured) {
     }
 }
 
-/// Read bandwidth with 1, 2, 4, ... and `max_threads` threads over `words`.
-fn read_rates(max_threads: usize, words: &[u64]) -> Vec<ReadRate> {
+/// Read bandwidth with 1, 2, 4, ... and `max_threads` threads over `bytes`; one rate of 1 GB/s for each thread where
+/// there is no memory to read.
+fn read_rates(max_threads: usize, bytes: usize, isa: Isa) -> Vec<ReadRate> {
+    let Ok(memory) = ReadTest::new(bytes) else {
+        return vec![ReadRate { threads: max_threads, gb_per_s: max_threads as f64 }];
+    };
     let mut counts: Vec<usize> =
         std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n < max_threads).collect();
     counts.push(max_threads);
-    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: read_rate(words, threads) }).collect()
+    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: read_rate(&memory, threads, isa) }).collect()
 }
 
 /// Best of some passes that copy one half of `words` to the other, each thread its part. GB/s copied.
@@ -267,24 +270,23 @@ fn copy_rate(mut words: Vec<u64>, threads: usize) -> f64 {
     8.0 * half as f64 / seconds / 1e9
 }
 
-/// Best of some passes over `words`, each thread reading its part. GB/s.
-fn read_rate(words: &[u64], threads: usize) -> f64 {
-    let parts: Vec<&[u64]> = words.chunks(words.len().div_ceil(threads)).collect();
-    let barrier = &Barrier::new(parts.len());
-    let best_pass = move |part: &[u64]| {
+/// Best of some passes over `memory`, each thread reading its part. GB/s.
+fn read_rate(memory: &ReadTest, threads: usize, isa: Isa) -> f64 {
+    let (barrier, n_bytes) = (&Barrier::new(threads), memory.n_bytes());
+    let best_pass = move |i: usize| {
         let mut seconds = [0.0; READ_PASSES];
         for pass in &mut seconds {
             barrier.wait();
             let start = Instant::now();
-            std::hint::black_box(part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word)));
+            memory.read(isa, n_bytes * i / threads..n_bytes * (i + 1) / threads);
             barrier.wait();
             *pass = start.elapsed().as_secs_f64();
         }
         seconds.into_iter().fold(f64::INFINITY, f64::min)
     };
     let seconds = std::thread::scope(|scope| {
-        let workers: Vec<_> = parts.iter().map(|part| scope.spawn(move || best_pass(part))).collect();
+        let workers: Vec<_> = (0..threads).map(|i| scope.spawn(move || best_pass(i))).collect();
         workers.into_iter().map(|w| w.join().expect("a reading thread does not panic")).fold(0.0, f64::max)
     });
-    size_of_val(words) as f64 / seconds / 1e9
+    n_bytes as f64 / seconds / 1e9
 }

@@ -18,9 +18,9 @@ pub struct Llama {
 extern "C" fn no_log(_level: sys::ggml_log_level, _text: *const c_char, _user: *mut c_void) {}
 
 impl Llama {
-    /// Loads `path`: every layer on the CPU, flash attention, an f16 KV cache (its defaults), weights repacked
-    /// where llama.cpp knows how, `n_batch` tokens a batch.
-    pub fn open(path: &Path, n_ctx: usize, n_batch: usize, threads: usize) -> Result<Self> {
+    /// Loads `path`: every layer on the CPU, flash attention, an f16 KV cache (its defaults), `n_batch` tokens a
+    /// batch, weights repacked where llama.cpp knows how if `repack`.
+    pub fn open(path: &Path, n_ctx: usize, n_batch: usize, threads: usize, repack: bool) -> Result<Self> {
         let c_path = CString::new(path.as_os_str().as_encoded_bytes()).context("a path without a zero byte")?;
         // SAFETY: plain calls of llama.cpp's C API: the strings and parameters outlive the calls, every
         // returned pointer is checked, and `Drop` frees the context before the model.
@@ -29,6 +29,7 @@ impl Llama {
             sys::llama_backend_init();
             let mut params = sys::llama_model_default_params();
             params.n_gpu_layers = 0;
+            params.use_extra_bufts = repack;
             let model = sys::llama_model_load_from_file(c_path.as_ptr(), params);
             if model.is_null() {
                 bail!("llama.cpp cannot load {}", path.display());

@@ -39,6 +39,9 @@ struct Options {
     /// Most tokens in one batch.
     #[arg(long, default_value_t = 512)]
     batch: usize,
+    /// llama.cpp multiplies the file's own blocks, which it otherwise repacks where it knows how: its best may be either.
+    #[arg(long)]
+    no_repack: bool,
     /// Print the table as Markdown rows.
     #[arg(long)]
     md: bool,
@@ -118,7 +121,7 @@ fn main() -> Result<()> {
     let n_generated = if options.prompt == 0 { (options.repeats + 1) * options.generate } else { 0 };
     let n_ctx = (n_tokens + n_generated).next_multiple_of(256);
 
-    let mut llama = llama::Llama::open(&options.model, n_ctx, options.batch, threads)?;
+    let mut llama = llama::Llama::open(&options.model, n_ctx, options.batch, threads, !options.no_repack)?;
     let mut ours = ours::Ours::open(&options.model, n_ctx, options.batch, threads)?;
     let n_vocab = llama.n_vocab();
     ensure!(ours.n_vocab() == n_vocab, "vocabularies of {} and {n_vocab} tokens", ours.n_vocab());

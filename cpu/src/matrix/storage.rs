@@ -17,7 +17,7 @@ pub(super) const ALIGN: usize = 64;
 static CURRENT: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
 
 /// Bytes of its own in a shared mapping, beginning at a cache line.
-pub(super) struct Storage {
+pub(crate) struct Storage {
     mapping: Arc<MmapRaw>,
     start: usize,
     len: usize,

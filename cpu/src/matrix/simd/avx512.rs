@@ -102,12 +102,12 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn shr16(a: __m512i, n: u32) -> __m512i {
         // SAFETY: as the trait asks.
-        unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+        unsafe { _mm512_srlv_epi16(a, _mm512_set1_epi16(n as i16)) }
     }
     #[inline(always)]
     unsafe fn shl16(a: __m512i, n: u32) -> __m512i {
         // SAFETY: as the trait asks.
-        unsafe { _mm512_sll_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+        unsafe { _mm512_sllv_epi16(a, _mm512_set1_epi16(n as i16)) }
     }
     #[inline(always)]
     unsafe fn sub_u8(a: __m512i, b: __m512i) -> __m512i {
@@ -303,6 +303,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch of an invalid address does nothing.
-        unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+        unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
     }
 }
