@@ -39,7 +39,7 @@ struct Options {
     /// Most tokens in one batch.
     #[arg(long, default_value_t = 512)]
     batch: usize,
-    /// llama.cpp multiplies the file's own blocks, which it otherwise repacks where it knows how: its best may be either.
+    /// llama.cpp multiplies the blocks of the file, which it otherwise repacks: its best may be either.
     #[arg(long)]
     no_repack: bool,
     /// Print the table as Markdown rows.
