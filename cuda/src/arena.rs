@@ -158,6 +158,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
+            let _capture = self.device.capture();
             // SAFETY: allocated in `new`; the stream is drained first so that no kernel still uses it.
             unsafe {
                 let _ = result::stream::synchronize(self.device.stream());

@@ -439,7 +439,7 @@ impl Backend {
     }
 
     /// Calls `f` with each block whose mixture was streamed to the GPU in the last batch, if its experts change, and
-    /// how often each of them was chosen `[n_experts]`, once the batch is done.
+    /// how often each of them was chosen `[n_experts]`. Waits for the batch.
     ///
     /// # Errors
     /// What the driver says.
@@ -1108,6 +1108,7 @@ impl Graph {
     /// What `queue` or the driver says.
     pub fn capture(device: &Device, queue: impl FnOnce() -> Result<(), Error>) -> Result<Self, Error> {
         let stream = device.stream();
+        let _capture = device.capture();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is valid; the capture is ended below on every path.
         unsafe { result::stream::begin_capture(stream, mode) }.during("capturing a step")?;

@@ -6,6 +6,7 @@ use crate::prompt::Products;
 use cudarc::driver::{result, sys};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Oldest CUDA version of a driver that works: kernels are launched through `cuLaunchKernelEx`.
 const MIN_DRIVER: i32 = 12000;
@@ -86,6 +87,7 @@ pub struct Device {
     compute_capability: (i32, i32),
     driver_version: i32,
     products: Products,
+    capture: Mutex<()>,
 }
 
 // SAFETY: driver handles may be used from any thread; `bind` makes the context current there first.
@@ -129,13 +131,30 @@ impl Device {
         let number = OPENED.fetch_add(1, Ordering::Relaxed) + 1;
         CURRENT.set(number);
         let (compute_capability, products) = ((major, minor), Products::fastest((major, minor)));
-        Ok(Self { number, ordinal, device, context, stream, n_sms, compute_capability, driver_version, products })
+        let capture = Mutex::new(());
+        Ok(Self {
+            number,
+            ordinal,
+            device,
+            context,
+            stream,
+            n_sms,
+            compute_capability,
+            driver_version,
+            products,
+            capture,
+        })
     }
 
     /// The same with products of prompts computed so, whatever is fastest here: for tests and measurements.
     pub fn with_products(mut self, products: Products) -> Self {
         self.products = products;
         self
+    }
+
+    /// Held while the stream is captured, and by who gives memory back, which waits for the stream on any thread.
+    pub(crate) fn capture(&self) -> MutexGuard<'_, ()> {
+        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the planner needs to know; free memory is read now.

@@ -95,7 +95,6 @@ struct Mixture {
 
 /// Slots of the mixtures of a backend that change.
 pub(crate) struct ExpertSlots {
-    mixtures: Vec<Mixture>,
     /// Entries to set when the copies under way are complete: addresses and values.
     arriving: Vec<(u64, u64)>,
     /// What the stream of the steps has done before copies begin, and the last of them.
@@ -108,7 +107,9 @@ pub(crate) struct ExpertSlots {
     counts: Pinned,
     counted: Event,
     staging: Arena,
+    /// Dropped before the panels that they pin.
     _pins: Pins,
+    mixtures: Vec<Mixture>,
     device: Arc<Device>,
 }
 
@@ -183,15 +184,17 @@ impl ExpertSlots {
         self.counted.record(self.device.stream())
     }
 
-    /// Calls `f` with the blocks whose counts have come since the last call, and these. Those of a batch whose
-    /// successor was queued before anybody asked are lost.
+    /// Calls `f` with the blocks of which counts were asked for since the last call, and these, when the batch is done.
     ///
     /// # Errors
     /// What the driver says.
     pub fn read_counts(&mut self, f: &mut dyn FnMut(usize, &[u32])) -> Result<(), Error> {
-        if !self.mixtures.iter().any(|m| m.is_counted) || !self.counted.is_past()? {
+        if !self.mixtures.iter().any(|m| m.is_counted) {
             return Ok(());
         }
+        // The next batch would wait for this one anyway, to write its tokens.
+        // SAFETY: the event is alive.
+        unsafe { result::event::synchronize(self.counted.0) }.during("counting uses of experts")?;
         for mixture in self.mixtures.iter_mut().filter(|m| m.is_counted) {
             mixture.is_counted = false;
             // SAFETY: as above; the copies are complete.

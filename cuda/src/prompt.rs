@@ -5,8 +5,8 @@
 //! Accuracy: quantised and BF16 weights are multiplied as bf16 with activations rounded to bf16 (relative rms about
 //! 2e-3 per product), F16 weights with activations rounded to f16 (3e-4), F32 weights in f32. Sums are f32. On chips
 //! without bf16 (7.5) all but F32 weights are multiplied as f16. Where the chip's 8-bit rate is the higher one
-//! ([`Products`]), quantised weights meet 8-bit activations as they do for single tokens, rounded in the groups of
-//! [`rounding_group`] (relative rms about 7e-3 per product).
+//! ([`Products`]), quantised weights meet 8-bit activations, rounded in the groups of [`rounding_group`]: of 256 before
+//! K-quants as on the CPU, coarser than this GPU's single tokens (relative rms about 7e-3 per product).
 
 use crate::arena::{ALIGN, Ptr, Range, Ranges};
 use crate::compile::{Args, Function, Launch, Program};

@@ -193,7 +193,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
                 }
             }
             let gpu_busy = if shares.is_empty() { None } else { Some(median(&shares)) };
-            let costs: Vec<f64> = session.hand_overs().iter().map(handoff_cost).collect();
+            let hand_overs = session.hand_overs();
+            let answered = hand_overs.iter().filter(|t| t.taken >= t.given); // not the head's
+            let costs: Vec<f64> = answered.map(handoff_cost).collect();
             let handoff = if costs.is_empty() { None } else { Some((median(&costs), costs.len())) };
             let experts_on_gpu = session.expert_uses().since(uses).share();
             rows.push(Row { gpu_busy, handoff, experts_on_gpu, ..Row::new(&loaded, "tg", n, depth, rates) });

@@ -41,8 +41,7 @@ pub fn open(path: Option<&Path>) -> anyhow::Result<Opened> {
 pub struct EngineArgs {
     #[command(flatten)]
     wishes: WishArgs,
-    /// Instruction set of the CPU kernels: amx, avx512, avxvnni, avx2 or portable [default: the best there is, but
-    /// for amx]
+    /// Instruction set of the CPU kernels: amx, avx512, avxvnni, avx2 or portable [default: the best there is]
     #[arg(long, env = "TANDEM_CPU_ISA", value_name = "ISA", value_parser = parse_isa, help_heading = "Plan")]
     cpu_isa: Option<Isa>,
     /// Whether the logits of every token of a batch are asked for: `tandem logits`.

@@ -76,7 +76,7 @@ fn tick(least: f64) -> f64 {
 /// Figures of a step, in the order in which they are shown: what, and how much.
 pub fn figures(trace: &StepTrace) -> Vec<(&'static str, String)> {
     let (gpu, cpu) = (trace.gpu_busy(), trace.cpu_busy());
-    let handoff = super::bench::median(&trace.handoffs);
+    let handoff = if trace.handoffs.is_empty() { 0.0 } else { super::bench::median(&trace.handoffs) };
     let (longer, path) = (trace.longer_part(), trace.longest_path(handoff));
     let busy = |us: f64| format!("{} ({:.0} %)", time(us), 100.0 * us / trace.step);
     vec![

@@ -108,13 +108,14 @@ impl Experts {
         self.uses
     }
 
-    /// Notes the choices of block `block` for a batch as the GPU hands them over: those that it has itself are marked
-    /// with [`ELSEWHERE`].
-    pub fn note(&mut self, block: usize, ids: &[u32], is_decode: bool) {
+    /// Notes the choices of block `block` for a batch of `n_tokens` as the GPU hands them over: those that it has itself
+    /// are marked with [`ELSEWHERE`].
+    pub fn note(&mut self, block: usize, ids: &[u32], n_tokens: usize, is_decode: bool) {
+        let use_counts = self.use_counts(n_tokens);
         let Some(layer) = self.layers.iter_mut().find(|l| l.block == block) else { return };
         for id in ids {
             if let Some(count) = layer.counts.get_mut((id & !ELSEWHERE) as usize) {
-                *count += self.unit;
+                *count += use_counts;
             }
         }
         if is_decode {
@@ -123,10 +124,17 @@ impl Experts {
         }
     }
 
-    /// Notes how often each expert of block `local` of GPU number `gpu` was chosen in a batch that was streamed there.
-    pub fn note_counts(&mut self, gpu: usize, local: usize, uses: &[u32]) {
+    /// What a use in a batch of `n_tokens` counts: those of a long batch together as many as of [`HALF_LIFE`] tokens.
+    fn use_counts(&self, n_tokens: usize) -> f64 {
+        self.unit * (HALF_LIFE / n_tokens as f64).min(1.0)
+    }
+
+    /// Notes how often each expert of block `local` of GPU number `gpu` was chosen in a batch of `n_tokens` that was
+    /// streamed there.
+    pub fn note_counts(&mut self, gpu: usize, local: usize, uses: &[u32], n_tokens: usize) {
+        let use_counts = self.use_counts(n_tokens);
         let Some(layer) = self.layers.iter_mut().find(|l| (l.gpu, l.local) == (gpu, local)) else { return };
-        layer.counts.iter_mut().zip(uses).for_each(|(count, n)| *count += f64::from(*n) * self.unit);
+        layer.counts.iter_mut().zip(uses).for_each(|(count, n)| *count += f64::from(*n) * use_counts);
     }
 
     /// After a batch of `n_tokens`: so many more bytes may come, and earlier uses count less.
@@ -134,7 +142,7 @@ impl Experts {
         let bytes = n_tokens as u64 * BYTES_PER_TOKEN;
         let largest = self.layers.iter().filter_map(|l| l.bytes).max().unwrap_or(0);
         self.credit = (self.credit + bytes).min(bytes.max(largest));
-        self.unit *= (n_tokens as f64 / HALF_LIFE).exp2();
+        self.unit *= (n_tokens as f64 / HALF_LIFE).min(1.0).exp2();
         if self.unit > 1e100 {
             self.layers.iter_mut().flat_map(|l| &mut l.counts).for_each(|count| *count /= self.unit);
             self.unit = 1.0;
@@ -183,7 +191,7 @@ mod tests {
     fn hot_experts_come() {
         let mut experts = two_layers(Some(1 << 20));
         let ids: Vec<u32> = (0..20).flat_map(|_| [7, 6, 7, ELSEWHERE]).collect();
-        experts.note(11, &ids, false);
+        experts.note(11, &ids, 20, false);
         experts.pass(20);
         let exchanges = experts.exchanges(0);
         let new: Vec<_> = exchanges.iter().map(|e| (e.block, e.new)).collect();
@@ -198,15 +206,17 @@ mod tests {
         assert_eq!(experts.uses(), ExpertUses::default(), "prompts are not counted");
     }
 
-    /// Counts of a streamed prompt are uses like those that are handed over.
+    /// Counts of a streamed prompt are uses like those that are handed over, however long it is.
     #[test]
     fn counts_of_streamed_prompts_are_uses() {
-        let mut experts = two_layers(Some(1 << 20));
-        experts.note_counts(0, 1, &[9, 0, 9, 9, 0, 0, 30, 0]);
-        experts.note_counts(1, 1, &[0, 0, 0, 0, 99, 0, 0, 0]); // of a GPU that is not there
-        experts.pass(64);
-        let exchanges = experts.exchanges(0);
-        assert_eq!(exchanges, [Exchange { block: 1, slot: 1, old: 1, new: 6 }]);
+        for n_tokens in [64, 2048, 8192] {
+            let mut experts = two_layers(Some(1 << 20));
+            let of = |share: usize| (n_tokens / share) as u32;
+            experts.note_counts(0, 1, &[of(8), 0, of(8), of(8), 0, 0, of(2), 0], n_tokens);
+            experts.note_counts(1, 1, &[0, 0, 0, 0, of(1), 0, 0, 0], n_tokens); // of a GPU that is not there
+            experts.pass(n_tokens);
+            assert_eq!(experts.exchanges(0), [Exchange { block: 1, slot: 1, old: 1, new: 6 }], "{n_tokens}");
+        }
     }
 
     /// No more bytes come than the tokens allow; an expert that is larger than a token's bytes comes after some tokens.
@@ -214,7 +224,7 @@ mod tests {
     fn bytes_are_bounded() {
         let mut experts = two_layers(Some(BYTES_PER_TOKEN * 3));
         let ids: Vec<u32> = (4..8).cycle().take(80).collect();
-        experts.note(10, &ids, true);
+        experts.note(10, &ids, 20, true);
         let mut moved = 0;
         for _ in 0..9 {
             experts.pass(1);
@@ -228,12 +238,12 @@ mod tests {
     #[test]
     fn uses_fade() {
         let mut experts = two_layers(Some(1));
-        experts.note(10, &[0; 100], true);
-        experts.note(10, &[1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], true);
+        experts.note(10, &[0; 100], 1, true);
+        experts.note(10, &[1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3], 1, true);
         experts.pass(1);
         assert!(experts.exchanges(0).is_empty());
         for _ in 0..3000 {
-            experts.note(10, &[1, 2, 3, 5], true);
+            experts.note(10, &[1, 2, 3, 5], 1, true);
             experts.pass(1);
         }
         let exchanges = experts.exchanges(0);
@@ -245,7 +255,7 @@ mod tests {
     #[test]
     fn fixed_shares_stay() {
         let mut experts = two_layers(None);
-        experts.note(10, &[7, 7, 7, 7, 7, 7, ELSEWHERE, ELSEWHERE | 1], true);
+        experts.note(10, &[7, 7, 7, 7, 7, 7, ELSEWHERE, ELSEWHERE | 1], 1, true);
         experts.pass(1);
         assert!(experts.exchanges(0).is_empty());
         assert_eq!(experts.uses().share(), Some(0.25));

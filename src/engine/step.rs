@@ -34,8 +34,9 @@ pub struct Engine {
     runs: Vec<Run>,
     /// Which experts lie on the GPUs, and their uses.
     experts: Mutex<Experts>,
-    /// Held from the first launch of a step to the last answer of the CPU workers: of two sessions on two threads one
-    /// would have the GPU and the other the workers, and each would wait for the other.
+    /// Held from the first launch of a step to the last answer of the CPU workers, and by whatever else uses a GPU's
+    /// stream: of two sessions on two threads one would have the GPU and the other the workers, and each would wait for
+    /// the other; and what one queues while the other captures its step would become part of that.
     turn: Mutex<()>,
 }
 
@@ -73,7 +74,8 @@ impl Meeting<'_> {
             assert!(n <= memory.n_choices);
             // SAFETY: in bounds; the GPU leaves them alone until the answer.
             let ids = unsafe { std::slice::from_raw_parts(memory.ids, n) };
-            self.engine.experts().note(task.blocks.start, ids, is_decode(self.batch));
+            let n_tokens = self.batch.tokens.len();
+            self.engine.experts().note(task.blocks.start, ids, n_tokens, is_decode(self.batch));
         }
     }
 }
@@ -207,7 +209,7 @@ impl Engine {
     /// queues comes after the step that is under way, whose last blocks hide the time that it takes here.
     fn exchange_experts(&self, n_tokens: usize) -> Result<(), Error> {
         for (i, (_, gpu)) in self.gpus.iter().enumerate() {
-            gpu.streamed_uses(&mut |local, counts| self.experts().note_counts(i, local, counts))?;
+            gpu.streamed_uses(&mut |local, counts| self.experts().note_counts(i, local, counts, n_tokens))?;
         }
         self.experts().pass(n_tokens);
         for (i, (_, gpu)) in self.gpus.iter().enumerate() {
@@ -283,6 +285,7 @@ impl Engine {
         let plan = &self.plan;
         let (n_slots, n_ctx, n_batch, kv_dtype) = (plan.n_slots, plan.n_ctx, plan.n_batch, plan.kv_dtype);
         let size = StateSize { n_slots, n_ctx, n_batch, kv_dtype };
+        let _turn = self.turn();
         Ok(States {
             cpu: self.cpu.as_ref().map(|b| b.state(size)).transpose()?,
             gpus: self.gpus.iter().map(|(_, b)| b.state()).collect::<Result<_, _>>()?,
@@ -313,8 +316,9 @@ impl Engine {
             let greedy = SamplerOptions::greedy();
             gpu.launch(&mut states.gpus[0], &feeds, &vec![(&greedy, &[][..]); feeds.len()])?;
             self.serve(tasks, batch, states)?;
-            self.exchange_experts(feeds.len())?;
+            let exchanged = self.exchange_experts(feeds.len());
             gpu.wait(&mut states.gpus[0])?;
+            exchanged?;
             if gpu.has_head() {
                 gpu.logits(&states.gpus[0], &mut states.logits)?;
             }
@@ -441,7 +445,10 @@ impl Engine {
         gpu.launch(&mut states.gpus[0], &[feed], &[(options, prefix)])?;
         let batch = Batch::single(slot, position, &prefix[position..], false);
         self.serve(tasks, &batch, states)?;
-        self.exchange_experts(1)?;
+        if let Err(error) = self.exchange_experts(1) {
+            gpu.wait(&mut states.gpus[0])?;
+            return Err(error);
+        }
         Ok(true)
     }
 
@@ -450,6 +457,7 @@ impl Engine {
     /// # Errors
     /// A device that failed; logits that no token can be chosen from.
     pub fn finish(&self, states: &mut States) -> Result<u32, Error> {
+        let _turn = self.turn();
         Ok(self.gpus[0].1.wait(&mut states.gpus[0])?[0])
     }
 
@@ -491,6 +499,7 @@ impl Engine {
             next = at + usize::from(task.is_share);
         }
         alone.push(names(&here[next..]));
+        let _turn = self.turn();
         let started = gpu.started(&states.gpus[0])?;
         Ok(Some(StepTrace::new(&times, started, nanoseconds, &alone, &shared, &served)))
     }
@@ -500,6 +509,7 @@ impl Engine {
     /// # Errors
     /// What the device says.
     pub fn busy_seconds(&self, states: &States) -> Result<f64, Error> {
+        let _turn = self.turn();
         self.gpus.iter().zip(&states.gpus).try_fold(0.0, |sum, ((_, gpu), state)| Ok(sum + gpu.busy_seconds(state)?))
     }
 
@@ -514,6 +524,7 @@ impl Engine {
     /// # Errors
     /// A device that failed.
     pub fn snapshot(&self, states: &mut States, slot: usize, old: Option<Snapshot>) -> Result<Snapshot, Error> {
+        let _turn = self.turn();
         let mut old = old.into_iter().flat_map(|old| old.gpus);
         let gpus = self.gpus.iter().zip(&states.gpus).map(|((_, gpu), state)| gpu.snapshot(state, slot, old.next()));
         Ok(Snapshot {
@@ -527,6 +538,7 @@ impl Engine {
     /// # Errors
     /// A device that failed.
     pub fn restore(&self, states: &mut States, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        let _turn = self.turn();
         for ((_, gpu), (state, copy)) in self.gpus.iter().zip(states.gpus.iter_mut().zip(&snapshot.gpus)) {
             gpu.restore(state, slot, copy)?;
         }

@@ -11,6 +11,8 @@ use tandem_spec::{Attention, Block, KvDtype, Model, StateBytes, Weight};
 const CUDA_RESERVE: u64 = 256 << 20;
 /// Tokens of a batch from which on a GPU multiplies on its tensor cores.
 pub(super) const PROMPT_FROM: usize = tandem_cuda::PROMPT_FROM;
+/// A page table takes 8 bytes of the GPU's for 4 KiB of pinned memory.
+const PINNED_PER_TABLE_BYTE: u64 = 512;
 /// Kept free in main memory: the system, the tokenizer, this process.
 const HOST_RESERVE: u64 = 512 << 20;
 /// Copies of states that a session keeps take at most this, and at most a part of main memory.
@@ -139,28 +141,29 @@ impl GpuSize {
 }
 
 /// Whether the experts of `block` on its GPU can change: some are there, others are not, and no number belongs to each.
-pub(super) fn has_changing_experts(block: &Block<Weight>, place: &Place) -> bool {
+pub(super) fn has_changing_experts(block: &Block<Weight>, place: &Place, isa: Isa) -> bool {
     let Block::Moe(b) = block else { return false };
     let has_scale = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps].iter().any(|l| l.scale.is_some());
-    place.len() > 1 && !place[0].part.is_empty() && !has_scale
+    let is_shared = place.len() > 1 && !place[0].part.is_empty();
+    is_shared && !has_scale && tandem_cuda::can_stream(block, tandem_cpu::panel_rows(isa))
 }
 
 /// The part of `block` whose weights its share number `nth` holds.
-fn held(block: &Block<Weight>, place: &Place, nth: usize, expert_cache: bool) -> std::ops::Range<usize> {
-    match expert_cache && nth > 0 && has_changing_experts(block, place) {
+fn held(block: &Block<Weight>, place: &Place, nth: usize, sizes: &Sizes) -> std::ops::Range<usize> {
+    match sizes.expert_cache && nth > 0 && has_changing_experts(block, place, sizes.isa) {
         true => 0..super::n_parts(block),
         false => place[nth].part.clone(),
     }
 }
 
 /// The model as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
-pub(super) fn shares(model: &Model, places: &[Place], device: Device, expert_cache: bool) -> (Model, Vec<usize>) {
+pub(super) fn shares(model: &Model, places: &[Place], device: Device, sizes: &Sizes) -> (Model, Vec<usize>) {
     let mut model = model.clone();
     let mut indices = Vec::new();
     for (i, place) in places.iter().enumerate() {
         if let Some(nth) = place.iter().position(|s| s.device == device) {
             let block = &model.blocks[i];
-            model.blocks[i] = block.share(held(block, place, nth, expert_cache), nth == 0);
+            model.blocks[i] = block.share(held(block, place, nth, sizes), nth == 0);
             indices.push(i);
         }
     }
@@ -170,7 +173,7 @@ pub(super) fn shares(model: &Model, places: &[Place], device: Device, expert_cac
 /// What the CPU has of a block at `place`, if the block's GPU can stream it.
 pub(super) fn streamed_share(block: &Block<Weight>, place: &Place, sizes: &Sizes) -> Option<Block<Weight>> {
     let [home, other] = &place[..] else { return None };
-    let share = block.share(held(block, place, 1, sizes.expert_cache), false);
+    let share = block.share(held(block, place, 1, sizes), false);
     let is_streamed = home.device != Device::Cpu && other.device == Device::Cpu;
     (is_streamed && tandem_cuda::can_stream(&share, tandem_cpu::panel_rows(sizes.isa))).then_some(share)
 }
@@ -279,7 +282,7 @@ pub(super) fn share_entries(model: &Model, index: usize, place: &Place, nth: usi
     let entry = |pool, name: &str, bytes| Entry { device, pool, name: name.into(), block: Some(index), bytes };
     let block = &model.blocks[index];
     let mut entries = Vec::new();
-    let part = block.share(held(block, place, nth, sizes.expert_cache), nth == 0);
+    let part = block.share(held(block, place, nth, sizes), nth == 0);
     match device {
         Device::Cpu => tandem_cpu::for_each_weight(&part, sizes.isa, &mut |w, bytes| {
             entries.push(entry(Pool::Weights, &w.name, bytes));
@@ -293,6 +296,14 @@ pub(super) fn share_entries(model: &Model, index: usize, place: &Place, nth: usi
         let StateBytes { kv, states, logits, .. } = state_bytes(model, device, 1, &[index], &[], sizes);
         let own = [(Pool::Kv, kv), (Pool::States, states), (Pool::Logits, logits)];
         entries.extend(own.into_iter().map(|(pool, bytes)| entry(pool, &block.name(), bytes)));
+    }
+    if device != Device::Cpu && place.len() > 1 {
+        // The GPU's copies of the CPU's share come from pinned memory.
+        let changes = sizes.expert_cache && has_changing_experts(block, place, sizes.isa);
+        let is_pinned = changes || sizes.stream && streamed_share(block, place, sizes).is_some();
+        let (mut pinned, share) = (0, block.share(held(block, place, 1, sizes), false));
+        tandem_cpu::for_each_weight(&share, sizes.isa, &mut |_, bytes| pinned += if is_pinned { bytes } else { 0 });
+        entries.push(entry(Pool::Driver, "page tables of pinned weights", pinned / PINNED_PER_TABLE_BYTE));
     }
     entries.retain(|e| e.bytes > 0);
     entries
@@ -324,28 +335,20 @@ pub(super) fn mailbox_entry(model: &Model, blocks: &[usize], gpu: Device, sizes:
 }
 
 /// What it takes so that the experts of the mixtures `blocks`, which a GPU shares with the CPU, can change: what they
-/// pass through on their way, the page tables of the CPU's copy, which is pinned (8 bytes for 4 KiB), and in main
-/// memory the counts of their uses.
+/// pass through on their way, and in main memory the counts of their uses.
 pub(super) fn exchange_entries<'b>(
     blocks: impl Iterator<Item = &'b Block<Weight>>,
     gpu: Device,
     sizes: &Sizes,
 ) -> Vec<Entry> {
-    let (mut staging, mut pinned, mut counts) = (0, 0, 0);
+    let (mut staging, mut counts) = (0, 0);
     for block in blocks.filter(|_| sizes.expert_cache) {
         let Block::Moe(b) = block else { continue };
         staging = staging.max(tandem_cuda::experts::staging_bytes(b, |w| w.ty) as u64);
-        pinned += tandem_cuda::experts::slot_bytes(b) as u64 * b.shape.n_experts as u64;
         counts += tandem_cuda::experts::count_bytes(b) as u64;
     }
     let mut all = entries(Device::Cpu, vec![(Pool::Pinned, "uses of experts", counts)]);
-    all.extend(entries(
-        gpu,
-        vec![
-            (Pool::Staging, "experts on their way", staging),
-            (Pool::Driver, "page tables of pinned experts", pinned / 512),
-        ],
-    ));
+    all.extend(entries(gpu, vec![(Pool::Staging, "experts on their way", staging)]));
     all
 }
 
@@ -379,7 +382,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     let meets: Vec<Device> = with_tasks.map(|(device, _)| device).collect();
     let mut entries = Vec::new();
     for device in std::iter::once(Device::Cpu).chain(used.iter().copied()) {
-        let (shares, blocks) = shares(model, places, device, sizes.expert_cache);
+        let (shares, blocks) = shares(model, places, device, sizes);
         let gpu =
             if let Device::Cuda(i) = device { gpus.get(i).copied().unwrap_or_default() } else { GpuSize::default() };
         let streamed: Vec<_> = streamed(model, places, device, sizes).into_iter().map(|(_, share)| share).collect();
@@ -392,8 +395,9 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
             entries.push(mailbox_entry(model, &blocks, device, sizes));
         }
         if device != Device::Cpu {
-            let change =
-                |(b, place): &(&Block<Weight>, &Place)| place[0].device == device && has_changing_experts(b, place);
+            let change = |(b, place): &(&Block<Weight>, &Place)| {
+                place[0].device == device && has_changing_experts(b, place, sizes.isa)
+            };
             let blocks = model.blocks.iter().zip(places).filter(change).map(|(b, _)| b);
             entries.extend(exchange_entries(blocks, device, sizes));
         }
@@ -425,7 +429,7 @@ pub(super) fn account(model: &Model, places: &[Place], sizes: &Sizes, gpus: &[Gp
     }
     // Copies of states lie in main memory, those of blocks on a GPU too.
     for device in std::iter::once(Device::Cpu).chain(used) {
-        let (mut shares, blocks) = shares(model, places, device, sizes.expert_cache);
+        let (mut shares, blocks) = shares(model, places, device, sizes);
         shares.blocks = blocks.iter().map(|&i| shares.blocks[i].clone()).collect();
         let bytes = sizes.n_snapshots as u64 * snapshot_bytes(&shares, device, sizes);
         if bytes > 0 {

@@ -6,9 +6,9 @@
 //! other. A few such orders, each with a few batch sizes and with or without streaming of prompt weights, give
 //! a list of candidate placements that does not depend on the capacities. Over several GPUs each of them is cut
 //! into runs of blocks, one per GPU, fastest memory first; every cut is a candidate. The plan is the fastest
-//! candidate that fits. More memory only adds candidates that fit, so it never predicts a longer time, and since every
-//! candidate is timed exactly, a step that does not pay (a hand-off that costs more than the rows it moves) is
-//! simply not taken.
+//! candidate that fits. More memory only adds candidates that fit, so it never predicts a longer time (but for what
+//! [`EXPERT_CACHE_WORTH`] allows), and since every candidate is timed exactly, a step that does not pay (a hand-off
+//! that costs more than the rows it moves) is simply not taken.
 
 use super::bytes::{self, Sizes, StagingBytes};
 use super::time::{self, Rates};
@@ -288,8 +288,12 @@ impl<'a> Problem<'a> {
                 tables.walk(&order, best, &mut nearest);
             }
         }
-        // The times are those of uniform routing, of which experts that follow it gain nothing.
-        let is_slower = |(c, f): (&(f64, Outcome), &(f64, Outcome))| c.0 > EXPERT_CACHE_WORTH * f.0;
+        let follows = |(block, level): (&Block<Weight>, &Level)| {
+            bytes::has_changing_experts(block, &place(block, *level, Device::Cuda(0)), self.facts.host.isa)
+        };
+        let worth =
+            |o: &Outcome| if self.model.blocks.iter().zip(&o.levels).any(follows) { EXPERT_CACHE_WORTH } else { 1.0 };
+        let is_slower = |(c, f): (&(f64, Outcome), &(f64, Outcome))| c.0 > worth(&c.1) * f.0;
         let best = if cached.as_ref().zip(fixed.as_ref()).is_some_and(is_slower) { fixed } else { cached.or(fixed) };
         match (best, nearest) {
             (Some((_, outcome)), _) => Ok(outcome),

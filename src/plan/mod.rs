@@ -160,7 +160,7 @@ impl Plan {
 
     /// `model` as `device` sees it: blocks replaced by its shares of them, and the indices of those that it has.
     pub fn shares(&self, model: &Model, device: Device) -> (Model, Vec<usize>) {
-        bytes::shares(model, &self.places, device, self.expert_cache)
+        bytes::shares(model, &self.places, device, &self.sizes())
     }
 
     /// The CPU's shares of feed-forward blocks that `gpu` streams for batches of [`Plan::stream_from`] tokens and more,
@@ -180,7 +180,7 @@ impl Plan {
 
     /// Whether the experts that a GPU has of block `index` of `model` may change.
     pub fn has_changing_experts(&self, model: &Model, index: usize) -> bool {
-        self.expert_cache && bytes::has_changing_experts(&model.blocks[index], &self.places[index])
+        self.expert_cache && bytes::has_changing_experts(&model.blocks[index], &self.places[index], self.isa)
     }
 
     /// Devices that the plan uses, the CPU first.

@@ -113,7 +113,7 @@ pub(super) fn finish(problem: &Problem, outcome: &Outcome) -> Plan {
         threads: problem.threads,
         stream_from: sizes.stream.then(|| choose::break_even(problem, outcome)),
         expert_cache: sizes.expert_cache
-            && blocks.iter().zip(&places).any(|(block, place)| bytes::has_changing_experts(block, place)),
+            && blocks.iter().zip(&places).any(|(block, place)| bytes::has_changing_experts(block, place, sizes.isa)),
         prediction: predict(problem, outcome, &places, &account),
         places,
         account,
