@@ -108,8 +108,8 @@ impl Experts {
         self.uses
     }
 
-    /// Notes the choices of block `block` for a batch of `n_tokens` as the GPU hands them over: those that it has itself
-    /// are marked with [`ELSEWHERE`].
+    /// Notes the choices of block `block` for a batch of `n_tokens` as the GPU hands them over: those that it has
+    /// itself are marked with [`ELSEWHERE`].
     pub fn note(&mut self, block: usize, ids: &[u32], n_tokens: usize, is_decode: bool) {
         let use_counts = self.use_counts(n_tokens);
         let Some(layer) = self.layers.iter_mut().find(|l| l.block == block) else { return };

@@ -27,7 +27,9 @@ const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
 
 /// A kernel of a step beside its bytes, on top of [`Gpu::kernel_us`]: the round trips to memory from its inputs to its
 /// outputs, microseconds.
-const GPU_ROUND_TRIPS_US: f64 = 1.1;
+const GPU_ROUND_TRIPS_US: f64 = 0.35;
+/// Share of [`Gpu::bandwidth_gb_per_s`] of matrix-vector products.
+const GPU_GEMV_SHARE: f64 = 0.92;
 /// Matrix-vector products still decode when nothing is left to load: microseconds per MB, and at most; K-quants take
 /// twice as long.
 const GPU_TAIL_US_PER_MB: f64 = 0.135;
@@ -292,7 +294,7 @@ fn gpu_token_seconds(gpu: &Gpu, work: &Work) -> f64 {
         let products = || work.products.iter().filter(|p| p.kernel == kernel);
         let bytes = products().map(Product::bytes).sum::<f64>();
         let tail = if products().any(|p| p.ty.row().block_len == 256) { 2.0 } else { 1.0 };
-        us += bytes / bytes_per_us + tail * (bytes / 1e6 * GPU_TAIL_US_PER_MB).min(GPU_TAIL_US);
+        us += bytes / (bytes_per_us * GPU_GEMV_SHARE) + tail * (bytes / 1e6 * GPU_TAIL_US_PER_MB).min(GPU_TAIL_US);
     }
     us += match work.scan {
         Scan::Attention { n_heads, n_kv_heads, head_dim, seen } => {

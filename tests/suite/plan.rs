@@ -202,24 +202,22 @@ fn planned_bytes_are_those_of_the_backends() {
 fn gpu_predictions_are_those_measured() {
     let facts = known("h200+server-16c-128gb");
     let measured = [
-        (&shapes::QWEN35_0_8B, Mix::Q4KM, [1523.0, 1413.0, 1277.0], 151_658.0),
-        (&shapes::QWEN35_4B, Mix::Q4KM, [606.0, 576.0, 541.0], 49_436.0),
-        (&shapes::QWEN35_9B, Mix::Q4KM, [439.0, 423.0, 406.0], 32_100.0),
-        (&shapes::QWEN35_27B, Mix::Q4KM, [163.6, 157.5, 150.3], 9_213.0),
-        (&shapes::QWEN35_35B, Mix::Q4KM, [522.0, 489.0, 442.0], 28_364.0),
-        (&shapes::QWEN35_9B, Mix::All(TensorType::Q8_0), [361.9, 352.7, 338.7], f64::NAN),
-        (&shapes::QWEN35_35B, Mix::All(TensorType::Q8_0), [472.2, 443.0, 401.5], f64::NAN),
+        (&shapes::QWEN35_0_8B, &[(64, 1728.0)][..], 147_979.0),
+        (&shapes::QWEN35_4B, &[(64, 649.1)], 49_518.0),
+        (&shapes::QWEN35_9B, &[(64, 457.1), (16416, 421.9)], 31_903.0),
+        (&shapes::QWEN35_27B, &[(64, 170.7), (16448, 157.0)], 9_523.0),
+        (&shapes::QWEN35_35B, &[(64, 565.4), (16448, 474.0)], 26_002.0),
     ];
     let mut wrong = Vec::new();
-    for (shape, mix, rates, prompt) in measured {
-        let model = shapes::model(shape, mix);
+    for (shape, rates, prompt) in measured {
+        let model = shapes::model(shape, Mix::Q4KM);
         let wishes =
             Wishes { n_ctx: Some(16640), place: rules(&["*=cuda0"]), n_batch: Some(2048), ..Wishes::default() };
         let made = make(&model, &facts, &wishes);
-        for (depth, rate) in [64, 4160, 16448].into_iter().zip(rates) {
+        for &(depth, rate) in rates {
             let predicted = made.rates_at(&model, &facts, depth).unwrap().0;
             println!(
-                "{} {mix:?} at {depth}: {predicted:.1}, measured {rate}: {:+.1} %",
+                "{} at {depth}: {predicted:.1}, measured {rate}: {:+.1} %",
                 shape.name,
                 100.0 * (predicted / rate - 1.0)
             );
