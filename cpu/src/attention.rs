@@ -7,7 +7,7 @@ use crate::gemm::{Element, add_product, product_transposed, stream_add_product, 
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_piece, vector};
-use crate::simd::{self, Kernel, Simd, exp, for_lanes};
+use crate::simd::{self, Kernel, Simd, exp};
 use crate::state::BlockState;
 use crate::step::Step;
 use crate::{Error, Isa};
@@ -402,8 +402,11 @@ impl<T: Element> Kernel for Attend<'_, T> {
                 for row in 0..n_rows {
                     let visible = (self.first_visible + row / self.group).saturating_sub(start).min(n);
                     let scores = &mut self.scores[row * KEYS..][..KEYS];
-                    scores[visible..n].fill(0.0);
-                    let max = scores[..visible].iter().fold(self.max[row], |m, s| if *s > m { *s } else { m });
+                    scores[visible..].fill(f32::NEG_INFINITY);
+                    let p = scores.as_mut_ptr();
+                    let lanes = (0..KEYS).step_by(V::LANES);
+                    let largest = |max: V, i| V::load(p.add(i)).max(max);
+                    let max = lanes.clone().fold(V::splat(self.max[row]), largest).largest();
                     if max > self.max[row] {
                         let factor = (self.max[row] - max).exp();
                         self.max[row] = max;
@@ -413,9 +416,10 @@ impl<T: Element> Kernel for Attend<'_, T> {
                             V::load(sums.add(i)).mul(V::splat(factor)).store(sums.add(i));
                         }
                     }
-                    let p = scores.as_mut_ptr();
-                    for_lanes!(V, visible, |i| exp(V::load(p.add(i)).sub(V::splat(max))).store(p.add(i)));
-                    self.weight[row] += scores[..visible].iter().sum::<f32>();
+                    lanes.clone().for_each(|i| exp(V::load(p.add(i)).sub(V::splat(max))).store(p.add(i)));
+                    // Also the NaN of a row that has seen no key yet and sees none of these.
+                    std::slice::from_raw_parts_mut(p.add(visible), KEYS - visible).fill(0.0);
+                    self.weight[row] += lanes.fold(V::splat(0.0), |sum: V, i| sum.add(V::load(p.add(i)))).sum();
                 }
                 let v = self.v.add(start * d);
                 if in_place {

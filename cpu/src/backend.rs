@@ -13,10 +13,11 @@ use crate::projection::{Projection, vector};
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
 /// Rows of an embedding that one thread writes while the workers wake up.
@@ -176,33 +177,38 @@ impl Backend {
         }
         let pool = Pool::new(options.threads)?;
         let tied = tied(model, blocks);
-        let mut table: Option<Arc<Matrix>> = None;
-        let mut packed: Vec<Option<CpuBlock>> = model.blocks.iter().map(|_| None).collect();
-        let (mut done, planned) = (0, Self::planned_weight_bytes(model, blocks, isa));
-        for &index in blocks {
-            let block = &model.blocks[index];
-            let mut shared = |weight: &Weight| match &table {
-                Some(table) if Some(weight) == tied => Ok::<_, Error>(table.clone()),
-                _ => Ok(table.insert(Arc::new(Matrix::pack(weight, source, isa)?)).clone()),
+        let (done, planned) = (AtomicU64::new(0), Self::planned_weight_bytes(model, blocks, isa));
+        let load = |index: usize, table: Option<&Arc<Matrix>>| {
+            let shared = |weight: &Weight| match table {
+                Some(table) if Some(weight) == tied => Ok(table.clone()),
+                _ => Matrix::pack(weight, source, isa).map(Arc::new),
             };
-            packed[index] = Some(pool.install(|| {
-                Ok::<_, Error>(match block {
-                    Block::Embed(b) => CpuBlock::Embed(EmbedBlock { token_embd: shared(&b.token_embd)? }),
-                    Block::Attention(b) => CpuBlock::Attention(AttentionBlock::load(b, source, isa)?),
-                    Block::DeltaNet(b) => CpuBlock::DeltaNet(DeltaNetBlock::load(b, source, isa)?),
-                    Block::Ffn(b) => CpuBlock::Ffn(FfnBlock::load(b, source, isa)?),
-                    Block::Moe(b) => CpuBlock::Moe(MoeBlock::load(b, source, isa)?),
-                    Block::Head(b) => CpuBlock::Head(HeadBlock {
-                        shape: b.shape.clone(),
-                        output_norm: vector(&b.output_norm, source),
-                        output: Projection::of(shared(&b.output.weight)?, &b.output, source),
-                    }),
-                })
-            })?);
-            for_each_weight(block, isa, &mut |_, bytes| done += bytes);
+            let block = &model.blocks[index];
+            let packed = match block {
+                Block::Embed(b) => CpuBlock::Embed(EmbedBlock { token_embd: shared(&b.token_embd)? }),
+                Block::Attention(b) => CpuBlock::Attention(AttentionBlock::load(b, source, isa)?),
+                Block::DeltaNet(b) => CpuBlock::DeltaNet(DeltaNetBlock::load(b, source, isa)?),
+                Block::Ffn(b) => CpuBlock::Ffn(FfnBlock::load(b, source, isa)?),
+                Block::Moe(b) => CpuBlock::Moe(MoeBlock::load(b, source, isa)?),
+                Block::Head(b) => CpuBlock::Head(HeadBlock {
+                    shape: b.shape.clone(),
+                    output_norm: vector(&b.output_norm, source),
+                    output: Projection::of(shared(&b.output.weight)?, &b.output, source),
+                }),
+            };
+            let mut bytes = 0;
+            for_each_weight(block, isa, &mut |_, n| bytes += n);
             // The head's part of a shared table was done with the embedding.
-            progress(done.min(planned));
-        }
+            progress((done.fetch_add(bytes, Ordering::Relaxed) + bytes).min(planned));
+            Ok::<_, Error>((index, packed))
+        };
+        // Each worker packs blocks of its own, into pages of its own: two that share a matrix clear the same new pages.
+        let here: Vec<_> = pool.install(|| {
+            let table = tied.map(|w| Matrix::pack(w, source, isa).map(Arc::new)).transpose()?;
+            blocks.par_iter().map(|&index| load(index, table.as_ref())).collect::<Result<_, Error>>()
+        })?;
+        let mut packed: Vec<Option<CpuBlock>> = model.blocks.iter().map(|_| None).collect();
+        here.into_iter().for_each(|(index, block)| packed[index] = Some(block));
         let loaded = || packed.iter().flatten();
         let embed = loaded().find_map(|b| if let CpuBlock::Embed(b) = b { Some(&b.token_embd) } else { None });
         let head = loaded().find_map(|b| if let CpuBlock::Head(b) = b { Some(&b.output.matrix) } else { None });

@@ -27,7 +27,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 pub(crate) use storage::Storage;
-use tandem_spec::panel::{PanelMemory, Panels, fields};
+use tandem_spec::panel::{Field, PanelMemory, Panels, fields};
 use tandem_spec::{TensorSource, TensorType, Weight};
 
 /// Rows of a panel.
@@ -170,27 +170,66 @@ impl PanelMemory for Matrix {
 
 /// Interleaves `rows` into a panel.
 fn pack_panel<const R: usize>(ty: TensorType, rows: [&[u8]; R], out: &mut [u8]) {
-    let block_bytes = ty.row().block_bytes;
+    assert!(rows.iter().all(|row| row.len() * R == out.len()), "rows of a panel differ in length");
+    // A float is a block of its own: a row of them interleaves as one long field does.
+    let floats = [Field { len: rows[0].len(), ..fields(ty)[0] }];
+    let (block_bytes, fields) = match fields(ty) {
+        [_] => (rows[0].len(), &floats[..]),
+        fields => (ty.row().block_bytes, fields),
+    };
     for (block, out) in out.chunks_exact_mut(block_bytes * R).enumerate() {
         let mut at = 0;
-        for f in fields(ty) {
-            let (from, to) = (block * block_bytes + f.offset, &mut out[at..][..f.len * R]);
-            match f.unit {
-                4 => interleave::<R, 4>(rows.map(|row| &row[from..][..f.len]), to),
-                2 => interleave::<R, 2>(rows.map(|row| &row[from..][..f.len]), to),
-                _ => interleave::<R, 1>(rows.map(|row| &row[from..][..f.len]), to),
+        for f in fields {
+            // SAFETY: the field lies within this block of every row, and `R` of them fit the packed block.
+            unsafe {
+                let from = rows.map(|row| row.as_ptr().add(block * block_bytes + f.offset));
+                let to = out.as_mut_ptr().add(at);
+                match f.unit {
+                    4 if f.len.is_multiple_of(8) => interleave_words(from, f.len, to),
+                    4 => interleave::<R, 4>(from, f.len, to),
+                    2 => interleave::<R, 2>(from, f.len, to),
+                    _ => interleave::<R, 1>(from, f.len, to),
+                }
             }
             at += f.len * R;
         }
     }
 }
 
+/// Writes units of `UNIT` bytes of all rows `from` `[R, len]` to `to` `[len / UNIT, R, UNIT]`.
+///
+/// # Safety
+/// The pointers hold these shapes.
 #[inline(always)]
-fn interleave<const R: usize, const UNIT: usize>(from: [&[u8]; R], to: &mut [u8]) {
-    let from = from.map(|row| row.as_chunks::<UNIT>().0);
-    let to = to.as_chunks_mut::<UNIT>().0.as_chunks_mut::<R>().0;
-    for (i, to) in to.iter_mut().enumerate() {
-        *to = from_fn(|lane| from[lane][i]);
+unsafe fn interleave<const R: usize, const UNIT: usize>(from: [*const u8; R], len: usize, to: *mut u8) {
+    for i in (0..len).step_by(UNIT) {
+        for lane in 0..R {
+            // SAFETY: the unit lies within the shapes.
+            unsafe {
+                let unit = from[lane].add(i).cast::<[u8; UNIT]>().read();
+                to.add(i * R + lane * UNIT).cast::<[u8; UNIT]>().write(unit);
+            }
+        }
+    }
+}
+
+/// [`interleave`] of 4-byte units, two of two rows at a time: half the loads and stores.
+///
+/// # Safety
+/// As there; `len` is a multiple of 8.
+#[inline(always)]
+unsafe fn interleave_words<const R: usize>(from: [*const u8; R], len: usize, to: *mut u8) {
+    const LOW: u64 = u32::MAX as u64;
+    for i in (0..len).step_by(8) {
+        for lane in (0..R).step_by(2) {
+            // SAFETY: both units of both rows lie within the shapes.
+            unsafe {
+                let [a, b] = [lane, lane + 1].map(|lane| from[lane].add(i).cast::<u64>().read_unaligned());
+                let to = to.add(i * R + lane * 4);
+                to.cast::<u64>().write_unaligned(a & LOW | b << 32);
+                to.add(4 * R).cast::<u64>().write_unaligned(a >> 32 | b & !LOW);
+            }
+        }
     }
 }
 

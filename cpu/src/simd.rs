@@ -24,6 +24,19 @@ pub(crate) trait Simd: Copy {
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// Sum of the elements.
     fn sum(self) -> f32;
+    /// Largest element.
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        assert!(Self::LANES <= lanes.len());
+        // SAFETY: the array is long enough.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        for half in [8, 4, 2, 1] {
+            let (low, high) = lanes.split_at_mut(half);
+            low.iter_mut().zip(high).for_each(|(a, b)| *a = if *b > *a { *b } else { *a });
+        }
+        lanes[0]
+    }
     /// Sums of four vectors.
     #[inline(always)]
     fn sums(x: [Self; 4]) -> [f32; 4] {
