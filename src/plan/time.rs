@@ -22,6 +22,9 @@ const CPU_STAGE_US: f64 = 4.0;
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
 /// Share of a thread's plain products that attention scores and the delta rule reach; measured hosts with AVX-512 reach
 /// twice what is promised for those that are not here.
+/// Tokens of an expert at which the CPU multiplies half as fast as with many: they share the decoding of its weights.
+/// Measured for 16 (docs/performance.md, the prompt of a 35B-A3B on the CPU).
+const CPU_EXPERT_TOKENS: f64 = 16.0;
 const CPU_SCAN_SHARE: f64 = 0.3;
 const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
 
@@ -109,6 +112,11 @@ impl Product {
 
     fn ops(&self) -> f64 {
         2.0 * self.weights * self.tokens
+    }
+
+    /// Of the rate at which the CPU multiplies with many tokens, what the few that meet an expert in a prompt reach.
+    fn share_of_many(&self, work: &Work) -> f64 {
+        if self.is_stack && work.n_tokens > 1 { self.tokens / (self.tokens + CPU_EXPERT_TOKENS) } else { 1.0 }
     }
 }
 
@@ -276,7 +284,7 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType) -> (f64, f64) {
 fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
     let rates = |ty: TensorType| cpu_rates(host, threads, ty);
     let read: f64 = work.products.iter().map(|p| p.bytes() / rates(p.ty).0 / 1e9).sum();
-    let multiply: f64 = work.products.iter().map(|p| p.ops() / rates(p.ty).1 / 1e9).sum();
+    let multiply: f64 = work.products.iter().map(|p| p.ops() / (rates(p.ty).1 * p.share_of_many(work)) / 1e9).sum();
     let share = match host.isa {
         Isa::Amx | Isa::Avx512 if !host.kernels.is_empty() => CPU_SCAN_SHARE_AVX512,
         _ => CPU_SCAN_SHARE,
