@@ -23,7 +23,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-use tandem_spec::{Batch, Block, Linear, Moe, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
+use tandem_spec::{Batch, Block, SamplerOptions, StateBytes, TensorSource, TensorType, Weight};
 
 /// Where the weights of blocks lie in the weight arena: a pure function of the blocks. A file tensor that two blocks
 /// use (tied embeddings) lies there once.
@@ -49,7 +49,7 @@ impl WeightsLayout {
                     let slot = ExpertSlot::new(b, |w| w.ty);
                     let table = taken.take(8 * b.shape.n_experts);
                     let slots = taken.take(b.experts.len() * slot.bytes);
-                    for (part, linear) in slot.parts.iter().zip(stacks(b)) {
+                    for (part, linear) in slot.parts.iter().zip(b.stacks()) {
                         let (weight, n) = (linear.weight.clone(), b.experts.len());
                         items.insert(weight.clone(), upload::Item::stack(weight, slots, *part, n, slot.bytes));
                     }
@@ -79,18 +79,13 @@ impl WeightsLayout {
     }
 }
 
-/// The stacks of routed experts of a mixture: gate, up and down.
-fn stacks<W>(b: &Moe<W>) -> [&Linear<W>; 3] {
-    [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps]
-}
-
 /// Calls `f` with the name of every tensor of a block (or of a share of one) and the bytes that it takes in the weight
 /// arena, alignment included.
 pub fn for_each_weight(block: &Block<Weight>, f: &mut dyn FnMut(&str, u64)) {
     let aligned = |bytes: usize| bytes.next_multiple_of(ALIGN) as u64;
     block.for_each(&mut |w| {
         let n_matrices = match block {
-            Block::Moe(b) if stacks(b).iter().any(|l| l.weight == *w) => b.experts.len(),
+            Block::Moe(b) if b.stacks().iter().any(|l| l.weight == *w) => b.experts.len(),
             _ => 1,
         };
         f(&w.name, n_matrices as u64 * aligned(layout::weight_bytes(w) / n_matrices.max(1)));

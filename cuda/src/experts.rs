@@ -59,14 +59,11 @@ pub struct Exchange {
 /// Bytes of device memory through which the experts of `block` come where they change: a packed matrix.
 pub fn staging_bytes<W>(block: &Moe<W>, ty: impl Fn(&W) -> TensorType) -> usize {
     let (n_embd, n_ff) = (block.shape.n_embd, block.shape.n_ff);
-    let packed = |l: &Linear<W>, rows: usize, cols| {
-        layout::bytes(rows.next_multiple_of(stream::PANEL_ROWS_MAX), cols, ty(&l.weight)).min(stream::CHUNK_BYTES)
+    let packed = |(l, (n_rows, n_cols)): (&Linear<W>, (usize, usize))| {
+        layout::bytes(n_rows.next_multiple_of(stream::PANEL_ROWS_MAX), n_cols, ty(&l.weight)).min(stream::CHUNK_BYTES)
     };
-    packed(&block.ffn_gate_exps, n_ff, n_embd).max(packed(&block.ffn_up_exps, n_ff, n_embd)).max(packed(
-        &block.ffn_down_exps,
-        n_embd,
-        n_ff,
-    ))
+    let sizes = [(n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff)];
+    block.stacks().into_iter().zip(sizes).map(packed).max().expect("three matrices")
 }
 
 /// Bytes of a slot for an expert of `block`.

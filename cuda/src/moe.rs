@@ -31,7 +31,7 @@ impl Expert {
 /// with that of expert 0, which need not be there.
 pub(crate) fn routed(b: &Moe<DeviceWeight>) -> [Linear<DeviceWeight>; 3] {
     let slot = ExpertSlot::new(b, |w| w.ty);
-    let linears = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps];
+    let linears = b.stacks();
     let (n_embd, n_ff, before) = (b.shape.n_embd, b.shape.n_ff, 4 * b.experts.start as u64);
     let n_rows = [n_ff, n_ff, n_embd];
     std::array::from_fn(|i| {
@@ -95,7 +95,7 @@ impl MoeOp {
         if s.n_used > 31 {
             return Err(Error::Unsupported(format!("{} experts per token: the GPU kernels take at most 31", s.n_used)));
         }
-        let routed = [&block.ffn_gate_exps, &block.ffn_up_exps, &block.ffn_down_exps];
+        let routed = block.stacks();
         let shared = block.shared.as_ref().map(|e| [&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp]);
         let mut program = Program::new("moe.cu", include_str!("moe.cu"))
             .args::<MoeArgs>("MOE_ARGS")

@@ -110,7 +110,7 @@ impl Streamed {
 fn stacks(share: &Block<Weight>) -> ([&Linear<Weight>; 3], usize) {
     match share {
         Block::Ffn(b) => ([&b.ffn_gate, &b.ffn_up, &b.ffn_down], 1),
-        Block::Moe(b) => ([&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps], b.experts.len()),
+        Block::Moe(b) => (b.stacks(), b.experts.len()),
         other => panic!("{} is no feed-forward block", other.name()),
     }
 }

@@ -59,6 +59,11 @@ pub struct Moe<W> {
 }
 
 impl<W> Moe<W> {
+    /// The stacks of routed experts: gate, up and down.
+    pub fn stacks(&self) -> [&Linear<W>; 3] {
+        [&self.ffn_gate_exps, &self.ffn_up_exps, &self.ffn_down_exps]
+    }
+
     /// The same block with every weight replaced by `f` of it.
     pub fn try_map<U, E>(&self, f: &mut dyn FnMut(&W) -> Result<U, E>) -> Result<Moe<U>, E> {
         let shared = match &self.shared {

@@ -243,7 +243,10 @@ fn median_step(session: &mut Session, depth: &[u32]) -> anyhow::Result<StepTrace
         steps.extend(session.trace(busy)?);
     }
     steps.sort_by(|a, b| a.step.total_cmp(&b.step));
-    anyhow::ensure!(!steps.is_empty(), "the context has no room for a step to trace; raise --ctx");
+    anyhow::ensure!(
+        !steps.is_empty(),
+        "no step to trace: the context has no room for one (raise --ctx), or one has more than 1024 hand-overs"
+    );
     Ok(steps.swap_remove(steps.len() / 2))
 }
 

@@ -143,7 +143,7 @@ impl GpuSize {
 /// Whether the experts of `block` on its GPU can change: some are there, others are not, and no number belongs to each.
 pub(super) fn has_changing_experts(block: &Block<Weight>, place: &Place, isa: Isa) -> bool {
     let Block::Moe(b) = block else { return false };
-    let has_scale = [&b.ffn_gate_exps, &b.ffn_up_exps, &b.ffn_down_exps].iter().any(|l| l.scale.is_some());
+    let has_scale = b.stacks().iter().any(|l| l.scale.is_some());
     let is_shared = place.len() > 1 && !place[0].part.is_empty();
     is_shared && !has_scale && tandem_cuda::can_stream(block, tandem_cpu::panel_rows(isa))
 }
