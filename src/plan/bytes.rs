@@ -300,10 +300,11 @@ pub(super) fn share_entries(model: &Model, index: usize, place: &Place, nth: usi
     if device != Device::Cpu && place.len() > 1 {
         // The GPU's copies of the CPU's share come from pinned memory.
         let changes = sizes.expert_cache && has_changing_experts(block, place, sizes.isa);
-        let is_pinned = changes || sizes.stream && streamed_share(block, place, sizes).is_some();
-        let (mut pinned, share) = (0, block.share(held(block, place, 1, sizes), false));
-        tandem_cpu::for_each_weight(&share, sizes.isa, &mut |_, bytes| pinned += if is_pinned { bytes } else { 0 });
-        entries.push(entry(Pool::Driver, "page tables of pinned weights", pinned / PINNED_PER_TABLE_BYTE));
+        if changes || sizes.stream && streamed_share(block, place, sizes).is_some() {
+            let (mut pinned, share) = (0, block.share(held(block, place, 1, sizes), false));
+            tandem_cpu::for_each_weight(&share, sizes.isa, &mut |_, bytes| pinned += bytes);
+            entries.push(entry(Pool::Driver, "page tables of pinned weights", pinned / PINNED_PER_TABLE_BYTE));
+        }
     }
     entries.retain(|e| e.bytes > 0);
     entries
