@@ -96,8 +96,7 @@ const OWNERS: &[(&str, &str)] = &[
     ("memmap2", "src/gguf/"),
     ("memmap2", "cpu/"),
     // Stand-ins for the memory of the CPU backend.
-    ("memmap2", "cuda/tests/"),
-    ("memmap2", "cuda/benches/"),
+    ("memmap2", "cuda/"),
     ("sysinfo", "src/machine/"),
     ("tokenizers", "src/text/"),
     ("minijinja", "src/text/"),
