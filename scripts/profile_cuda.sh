@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The table of kernels of one prompt batch or one decode step on GPU 0: time, bytes from device memory, and shares of what
-# memory and tensor cores can do, as Nsight Compute (part of the CUDA toolkit) counts them:
+# The table of kernels of one prompt batch or one decode step on GPU 0: time, bytes that device memory moves and share of
+# its rate, as Nsight Compute (part of the CUDA toolkit) counts them:
 #   scripts/profile_cuda.sh MODEL prompt TOKENS | step [DEPTH]
-# Kernels run one at a time under the profiler: in a step they overlap, so that the sum is more than the step takes. TANDEM
-# names a program that is built already.
+# Kernels run one at a time under the profiler: in a step they overlap, so that the sum is more than the step takes. The
+# profiler keeps what kernels overwrite: a model of few layers (make_gguf with --set n_layer=4) takes seconds, a large
+# one minutes. TANDEM names a program that is built already.
 set -euo pipefail
 model=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -15,7 +16,6 @@ step) bench=(-p 0 -n 2 -d "${3:-0}" -r 1) from=2 ;;
 *) echo "$2: neither prompt nor step" >&2 && exit 2 ;;
 esac
 metrics=gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed
-metrics+=,sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_elapsed
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # Not what loads and probes. `from`: how often the model's first kernel comes before the part that is shown.
@@ -30,8 +30,7 @@ rows = list(csv.DictReader(lines))
 units, rows = rows[0], rows[1:]
 scale = {"ns": 1e-3, "us": 1, "ms": 1e3, "nsecond": 1e-3, "usecond": 1, "msecond": 1e3, "byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1, "Gbyte": 1e3, "%": 1}
 value = lambda row, name: float(row[name].replace(",", "")) * scale[units[name]]
-names = ["gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-         "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_elapsed"]
+names = ["gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed"]
 starts = [i for i, row in enumerate(rows) if row["Kernel Name"].startswith("embed")]
 first = starts[int(sys.argv[2])]
 last = next((i for i in starts if i > first), len(rows))
@@ -40,9 +39,9 @@ for row in rows[first:last]:
     groups.setdefault((row["Kernel Name"].split("(")[0][:40], row["Grid Size"]), []).append([value(row, n) for n in names])
 total = sum(v[0] for g in groups.values() for v in g)
 print(f"{sum(map(len, groups.values()))} kernels, {total:.0f} us one by one")
-print("| kernel | grid | number | us each | share of the time | MB each | of memory's rate | of the tensor cores' |")
-print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+print("| kernel | grid | number | us each | share of the time | MB each | of memory's rate |")
+print("| --- | --- | --- | --- | --- | --- | --- |")
 for (name, grid), g in sorted(groups.items(), key=lambda item: -sum(v[0] for v in item[1])):
-    us, mb, memory, tensor = (sum(v[i] for v in g) / len(g) for i in range(4))
-    print(f"| `{name}` | {grid} | {len(g)} | {us:.1f} | {us * len(g) / total:.1%} | {mb:.2f} | {memory:.0f} % | {tensor:.0f} % |")
+    us, mb, memory = (sum(v[i] for v in g) / len(g) for i in range(3))
+    print(f"| `{name}` | {grid} | {len(g)} | {us:.1f} | {us * len(g) / total:.1%} | {mb:.2f} | {memory:.0f} % |")
 PYTHON

@@ -37,6 +37,8 @@ fn tiles_int8(ty: TensorType) -> [usize; 2] {
 const TILE_BYTES: usize = 24;
 /// Rows of a tile of `gemm_f32`.
 const TILE_F32: usize = 8;
+/// Outputs of a block of them.
+const F32_OUTPUTS: usize = 16;
 /// Rows of a tile of `gemm_f32_tile`, and rows from which on it is used.
 const TILE_F32_MANY: usize = 64;
 /// Rows of a block of the two attention kernels.
@@ -1421,11 +1423,16 @@ impl Prompt {
         let (i, mut height) = self.tile(w, n_out, n_rows.div_ceil(n_experts), n_experts > 1);
         let form = form(w.ty, w.n_cols, self.math);
         let (function, per_block) = match form {
-            Form::F32 if functions.f32_many.is_some() && experts.is_none() && n_rows >= TILE_F32_MANY => {
+            Form::F32
+                if functions.f32_many.is_some()
+                    && experts.is_none()
+                    && n_rows >= TILE_F32_MANY
+                    && n_out > F32_OUTPUTS =>
+            {
                 height = TILE_F32_MANY;
                 (functions.f32_many.expect("asked in the guard"), 64)
             }
-            Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), 16),
+            Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), F32_OUTPUTS),
             Form::Int8(_) if up.is_some() => (functions.pair[i], 64),
             Form::Int8(_) => (functions.plain[i], 128),
             _ if up.is_some() => (functions.pair[i], [16, 16, 64][i]),
