@@ -37,8 +37,6 @@ fn tiles_int8(ty: TensorType) -> [usize; 2] {
 const TILE_BYTES: usize = 24;
 /// Rows of a tile of `gemm_f32`.
 const TILE_F32: usize = 8;
-/// Outputs of a block of them.
-const F32_OUTPUTS: usize = 16;
 /// Rows of a tile of `gemm_f32_tile`, and rows from which on it is used.
 const TILE_F32_MANY: usize = 64;
 /// Rows of a block of the two attention kernels.
@@ -144,6 +142,7 @@ args!(CombineArgs {
     weight: Ptr,
     slot: Ptr,
     shared: Ptr,
+    h: Ptr,
     shared_gate: Ptr,
     n: i32,
     n_used: i32,
@@ -453,7 +452,7 @@ struct MoeBuffers {
     n_tiles: [Ptr; 2],
     pair: PairBuffers,
     y: Ptr,
-    shared: Option<(PairBuffers, Ptr, Ptr)>,
+    shared: Option<(PairBuffers, Ptr)>,
 }
 
 impl MoeBuffers {
@@ -481,7 +480,7 @@ impl MoeBuffers {
             y: s.f32(n_rows * m.n_embd),
             shared: b.shared.as_ref().map(|e| {
                 let linears = (&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp);
-                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, math), s.f32(n * m.n_embd), s.f32(n))
+                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, math), s.f32(n * m.n_embd))
             }),
         }
     }
@@ -1186,16 +1185,12 @@ impl Prompt {
             multiply(b, table, 0..m.n_experts)?;
         }
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);
-        if let (Some(shared), Some((pair, y, gate))) = (&b.shared, &s.shared) {
+        if let (Some(shared), Some((pair, y))) = (&b.shared, &s.shared) {
             let linears = (&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp);
             self.gemm_pair(c, linears, &s.h, n, m.n_ff_shared, pair, None)?;
             self.gemm(c, &shared.ffn_down_shexp, &pair.out, n, *y, None, false)?;
             shared_y = *y;
-            if let Some(w) = &shared.ffn_gate_inp_shexp {
-                let row = DeviceWeight { n_rows: 1, n_cols: m.n_embd, ..*w };
-                self.gemm(c, &bare(&row), &s.h, n, *gate, None, false)?;
-                shared_gate = *gate;
-            }
+            shared_gate = shared.ffn_gate_inp_shexp.as_ref().map_or(Ptr::NULL, |w| w.ptr);
         }
         if let Some((mut parts, table)) = streamed {
             while let Some(part) = parts.next_part()? {
@@ -1210,6 +1205,7 @@ impl Prompt {
             weight: s.weight,
             slot: s.slot,
             shared: shared_y,
+            h: s.h.get(Form::F32),
             shared_gate,
             n: m.n_embd as i32,
             n_used: m.n_used as i32,
@@ -1423,16 +1419,11 @@ impl Prompt {
         let (i, mut height) = self.tile(w, n_out, n_rows.div_ceil(n_experts), n_experts > 1);
         let form = form(w.ty, w.n_cols, self.math);
         let (function, per_block) = match form {
-            Form::F32
-                if functions.f32_many.is_some()
-                    && experts.is_none()
-                    && n_rows >= TILE_F32_MANY
-                    && n_out > F32_OUTPUTS =>
-            {
+            Form::F32 if functions.f32_many.is_some() && experts.is_none() && n_rows >= TILE_F32_MANY => {
                 height = TILE_F32_MANY;
                 (functions.f32_many.expect("asked in the guard"), 64)
             }
-            Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), F32_OUTPUTS),
+            Form::F32 => (functions.f32.expect("quantised rows are whole units of 32"), 16),
             Form::Int8(_) if up.is_some() => (functions.pair[i], 64),
             Form::Int8(_) => (functions.plain[i], 128),
             _ if up.is_some() => (functions.pair[i], [16, 16, 64][i]),
