@@ -7,6 +7,7 @@
 # one minutes. TANDEM names a program that is built already.
 set -euo pipefail
 model=$(realpath "$1")
+[ -z "${TANDEM:-}" ] || TANDEM=$(realpath "$TANDEM")
 cd "$(dirname "$0")/.."
 tandem=${TANDEM:-target/release/tandem}
 [ -n "${TANDEM:-}" ] || cargo build --release --locked

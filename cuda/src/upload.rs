@@ -19,7 +19,7 @@ use tandem_spec::{TensorSource, TensorType, Weight};
 const BUFFER_BYTES: usize = 2 << 20;
 /// Buffers of a reader: one is filled while another is copied.
 const N_BUFFERS: usize = 2;
-/// Reader threads. One reads 4 to 5 GB/s from the page cache of the machine where the bus takes 55.
+/// Most reader threads. One reads 4 to 5 GB/s from the page cache of the machine where the bus takes 55.
 const N_READERS: usize = 12;
 
 /// Bytes that [`upload`] needs while it runs: on the device beside the arena, and of pinned memory.
@@ -129,7 +129,8 @@ pub fn upload(
             let (upload, tell) = (&upload, tell.clone());
             scope.spawn(move || upload.read_and_copy(reader, &tell))
         };
-        let readers: Vec<_> = (0..N_READERS).map(start).collect();
+        let n_readers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(N_READERS);
+        let readers: Vec<_> = (0..n_readers).map(start).collect();
         drop(tell);
         let mut done = 0;
         for bytes in told {
@@ -157,20 +158,21 @@ struct Upload<'a> {
 }
 
 impl Upload<'_> {
-    /// Number `reader` of the readers: takes pieces until none is left, or another reader failed, and waits until its
-    /// own are where they belong.
+    /// Number `reader` of the readers: takes pieces until none is left, or another reader failed.
     fn read_and_copy(&self, reader: usize, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
+        self.copy_pieces(reader, tell).inspect_err(|_| self.next.store(self.pieces.len(), Ordering::Relaxed))
+    }
+
+    /// The same, until the pieces that it took are where they belong.
+    fn copy_pieces(&self, reader: usize, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
         self.device.bind()?;
         let queue = Queue::new(0)?;
-        let copied = self.copy_pieces(reader, &queue, tell);
-        if copied.is_err() {
-            self.next.store(self.pieces.len(), Ordering::Relaxed);
-        }
+        let copied = self.queue_pieces(reader, &queue, tell);
         // Buffers are given back when nothing reads them any more, whatever happened.
         copied.and(self.device.wait_for(queue.0, "loading"))
     }
 
-    fn copy_pieces(&self, reader: usize, queue: &Queue, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
+    fn queue_pieces(&self, reader: usize, queue: &Queue, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
         let copied = (0..N_BUFFERS).map(|_| Event::new()).collect::<Result<Vec<_>, _>>()?;
         for (b, copied) in copied.iter().enumerate().cycle() {
             let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Isa, StateSize};
+use tandem_cuda::backend::BEGUN_BYTES;
 use tandem_cuda::experts::HostExperts;
 use tandem_cuda::handoff::Times;
 use tandem_cuda::{Feed, HostShare, Streamed};
@@ -259,7 +260,7 @@ impl Engine {
             let (staging, counts) = gpu.expert_bytes();
             all.push((*device, Pool::Staging, staging as u64));
             all.push((Device::Cpu, Pool::Pinned, counts as u64));
-            all.push((Device::Cpu, Pool::Pinned, state.pinned_bytes() as u64));
+            all.push((Device::Cpu, Pool::Pinned, (state.pinned_bytes() + BEGUN_BYTES) as u64));
         }
         if !self.gpus.is_empty() {
             all.push((Device::Cpu, Pool::Pinned, upload));

@@ -37,7 +37,7 @@ pub enum Pool {
     Logits,
     /// Buffers for weights on their way to a GPU.
     Staging,
-    /// Pinned host memory: upload ring and hand-off buffers.
+    /// Pinned host memory: buffers for loading and hand-offs.
     Pinned,
     /// What the driver takes beside the context: modules, graphs, cuBLASLt.
     Driver,
@@ -321,8 +321,12 @@ pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &S
         (Pool::Reserve, "kept free", HOST_RESERVE),
     ];
     if n_gpus > 0 {
-        rows.push((Pool::Pinned, "upload ring", tandem_cuda::upload::STAGING_BYTES as u64));
-        rows.push((Pool::Pinned, "tokens", n_gpus as u64 * tandem_cuda::backend::pinned_bytes(sizes.n_slots) as u64));
+        rows.push((Pool::Pinned, "buffers for loading", tandem_cuda::upload::STAGING_BYTES as u64));
+        rows.push((
+            Pool::Pinned,
+            "tokens",
+            n_gpus as u64 * (floats(sizes.n_slots) + tandem_cuda::backend::BEGUN_BYTES as u64),
+        ));
     }
     entries(Device::Cpu, rows)
 }
