@@ -7,10 +7,11 @@ mod known;
 mod probe;
 
 pub use known::{known, known_names};
-pub use probe::{Options, here};
+pub use probe::{Options, here, read_now};
 
 use serde::{Deserialize, Serialize};
 use tandem_cpu::Isa;
+use tandem_spec::TensorType;
 
 /// A machine as the planner sees it. Memory in bytes, bandwidths in GB/s (10^9 bytes), latencies in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,6 +66,13 @@ impl Host {
             }
         }
     }
+
+    /// The measured kernel of `ty`, or of the measured type that is nearest in bytes per weight; none for plain floats.
+    pub fn kernel(&self, ty: TensorType) -> Option<&KernelRate> {
+        let bytes_per_weight = |ty: TensorType| ty.row().block_bytes as f64 / ty.row().block_len as f64;
+        let distance = |k: &KernelRate| (bytes_per_weight(k.ty) / bytes_per_weight(ty)).ln().abs();
+        self.kernels.iter().filter(|_| ty.is_quantised()).min_by(|a, b| distance(a).total_cmp(&distance(b)))
+    }
 }
 
 /// Bandwidth of reading main memory with so many threads.
@@ -82,7 +90,7 @@ pub struct ReadRate {
 #[serde(deny_unknown_fields)]
 pub struct KernelRate {
     /// Tensor type, as ggml writes it.
-    pub ty: tandem_spec::TensorType,
+    pub ty: TensorType,
     /// One token: bytes of weights per second, GB/s.
     pub decode_gb_per_s: f64,
     /// Many tokens: operations (two per weight and token) per second, 10^9/s.

@@ -268,6 +268,28 @@ fn bench_measures_each_row_from_its_beginning() {
     }
 }
 
+/// Bench plans with what the plan's threads read now and says what they read afterwards; for another machine it plans
+/// with that machine's facts, and measures nothing.
+#[test]
+fn bench_says_what_memory_gave_before_and_after() {
+    let report = |args: &[&str]| -> serde_json::Value {
+        let model = golden("qwen35-q4_k_m.gguf");
+        let output =
+            tandem(&[&["bench", &model, "-p", "0", "-n", "2", "-r", "1", "--vram", "0", "--json"], args].concat(), &[]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let here = report(&["--threads", "1"]);
+    let (host, reading) = (&here["machine"], &here["reading_gb_per_s"]);
+    assert_eq!(host["threads"], 1);
+    assert_eq!(host["read"].as_array().unwrap().len(), 1);
+    assert_eq!(host["read"][0]["gb_per_s"], reading["before"]);
+    assert!(reading["before"].as_f64().unwrap() > 0.0 && reading["after"].as_f64().unwrap() > 0.0, "{reading}");
+    let elsewhere = report(&["--machine", "server-16c-128gb", "--threads", "1"]);
+    assert_eq!(elsewhere["machine"]["threads"], 16);
+    assert!(elsewhere["reading_gb_per_s"]["after"].is_null());
+}
+
 /// What `--log` and its twin ask for is told on standard error, and nothing more.
 #[test]
 fn logs_go_to_standard_error_as_asked() {
