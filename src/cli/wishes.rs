@@ -164,7 +164,11 @@ impl WishArgs {
     pub fn machine(&self) -> Result<Machine> {
         match &self.machine {
             None => Ok(machine::here(&measuring(self.cuda_libs.as_deref(), false))),
-            Some(name) if Path::new(name).exists() => read_json(Path::new(name), "machine facts"),
+            Some(name) if Path::new(name).exists() => {
+                let facts: Machine = read_json(Path::new(name), "machine facts")?;
+                facts.check().map_err(|e| anyhow!("{name}: {e}"))?;
+                Ok(facts)
+            }
             Some(name) => machine::known(name).map_err(|e| anyhow!(e)),
         }
     }

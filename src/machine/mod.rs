@@ -28,6 +28,38 @@ pub struct Machine {
     pub gpu_note: Option<String>,
 }
 
+impl Machine {
+    /// Whether a plan can be made from facts that somebody wrote down: rates are positive, and memory is less than
+    /// an EiB.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        const BYTES_MAX: u64 = 1 << 60;
+        let host = &self.host;
+        let (counts, is_ascending) = (host.read.iter().map(|r| r.threads), host.read.is_sorted_by_key(|r| r.threads));
+        if host.read.is_empty() || !is_ascending || counts.chain([host.threads]).any(|n| n == 0) {
+            return Err("`threads` and those of `read` must be at least 1, and `read` ascend and not be empty".into());
+        }
+        let mut rates: Vec<f64> = host.read.iter().map(|r| r.gb_per_s).chain([host.copy_gb_per_s]).collect();
+        rates.extend(host.kernels.iter().flat_map(|k| [k.decode_gb_per_s, k.prompt_gflops]));
+        let (mut bytes, mut latencies) = (vec![host.ram_total, host.ram_available], Vec::new());
+        for g in &self.gpus {
+            rates.extend([g.bandwidth_gb_per_s, g.mma_tflops, g.pinned_gb_per_s].into_iter().chain(g.dense_tflops));
+            rates.extend([g.pageable_gb_per_s, g.read_back_gb_per_s]);
+            latencies.extend([g.transfer_us, g.launch_us, g.kernel_us, g.handoff_us]);
+            bytes.extend([g.vram_total, g.vram_free, g.driver_bytes]);
+        }
+        if rates.iter().any(|r| *r <= 0.0) || latencies.iter().any(|t| *t < 0.0) {
+            return Err("rates must be larger than 0, and latencies not negative".into());
+        }
+        if bytes.iter().any(|n| *n >= BYTES_MAX) {
+            return Err(format!("memory must be less than {BYTES_MAX} bytes"));
+        }
+        Ok(())
+    }
+}
+
 /// Processor and main memory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

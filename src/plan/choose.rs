@@ -800,7 +800,8 @@ impl<'a> Tables<'a> {
             let cpu = Rates::Cpu { host: &facts.host, threads: problem.threads };
             decode += cpu.fixed_seconds(problem.model.n_vocab);
         }
-        let streamed = if all.copy > 0.0 { streamed } else { f64::INFINITY };
+        let can_stream = all.copy > 0.0 && self.batch_tokens >= bytes::PROMPT_FROM;
+        let streamed = if can_stream { streamed } else { f64::INFINITY };
         Times { decode, in_place: all.in_place, streamed }
     }
 }
@@ -850,7 +851,8 @@ pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Wor
     let any_gpu = levels.iter().any(|level| *level > 0);
     let tables = Tables::new(&problem, plan.sizes());
     let times = tables.timed(&levels, &gpus, any_gpu);
-    let prompt = if tables.sizes.stream { times.in_place.min(times.streamed) } else { times.in_place };
+    let streams = plan.stream_from.is_some_and(|from| tables.batch_tokens >= from);
+    let prompt = if streams { times.streamed } else { times.in_place };
     Some((times.decode, tables.n_batches * prompt))
 }
 

@@ -89,6 +89,17 @@ fn an_unwritable_trace_is_refused_first() {
     assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "no plan was made");
 }
 
+/// Facts about a machine that are no facts are refused with the name of their file.
+#[test]
+fn wrong_facts_are_refused() {
+    let probed = tandem(&["probe", "--json"], &[]);
+    let mut facts: serde_json::Value = serde_json::from_slice(&probed.stdout).unwrap();
+    facts["host"]["read"] = serde_json::json!([]);
+    let path = scratch("no-rates.json", facts.to_string().as_bytes());
+    let path = path.to_str().unwrap();
+    assert_refused(&["plan", &golden("qwen35-f32.gguf"), "--machine", path], &[], 1, &[path, "`read`"]);
+}
+
 /// Options that contradict each other are refused, where both come from the command line or both from the
 /// environment; else the environment yields.
 #[test]
