@@ -90,7 +90,10 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };
     let mut machine = args.wishes.machine()?;
-    machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
+    if machine.host.isa != options.isa {
+        machine.host.kernels.clear(); // rates of other kernels
+        machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
+    }
     if args.measures_now() {
         let (mut types, start) = (Vec::new(), Instant::now());
         opened.model.blocks.iter().for_each(|block| block.for_each(&mut |w| types.push(w.ty)));

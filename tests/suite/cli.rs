@@ -299,6 +299,9 @@ fn bench_says_what_memory_gave_before_and_after() {
     let elsewhere = report(&["--machine", "server-16c-128gb", "--threads", "1"]);
     assert_eq!(elsewhere["machine"]["threads"], 16);
     assert!(elsewhere["reading_gb_per_s"]["after"].is_null());
+    let portable = report(&["--cpu-isa", "portable"]);
+    assert_eq!(portable["machine"]["isa"], "portable");
+    assert_eq!(portable["machine"]["kernels"], serde_json::json!([]), "the rates of other kernels");
 }
 
 /// What `--log` and its twin ask for is told on standard error, and nothing more.
