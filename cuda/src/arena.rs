@@ -4,6 +4,7 @@
 use crate::device::Device;
 use crate::error::{During, Error, describe, is_out_of_memory};
 use cudarc::driver::{result, sys};
+use memmap2::{MmapMut, MmapRaw};
 use std::sync::Arc;
 
 /// Every range starts at a multiple of this.
@@ -168,26 +169,33 @@ impl Drop for Arena {
     }
 }
 
-/// Pinned host memory that the GPU can address.
+/// Pinned host memory that the GPU can address, in huge pages where the system has them: they are pinned many times
+/// faster than what the driver allocates.
 pub(crate) struct Pinned {
-    at: *mut u8,
+    memory: MmapRaw,
     bytes: usize,
 }
 
-// SAFETY: plain memory.
-unsafe impl Send for Pinned {}
-// SAFETY: as above; whoever writes through the address answers for it.
-unsafe impl Sync for Pinned {}
-
 impl Pinned {
-    /// `bytes` bytes, at least 4.
+    /// `bytes` bytes, zero.
     ///
     /// # Errors
-    /// What the driver says.
+    /// No memory, or what the driver says.
     pub fn new(bytes: usize) -> Result<Self, Error> {
-        // SAFETY: a plain allocation, freed in `drop`.
-        let at = unsafe { result::malloc_host(bytes.max(4), sys::CU_MEMHOSTALLOC_DEVICEMAP) };
-        Ok(Self { at: at.during("allocating pinned memory")?.cast(), bytes })
+        const CALL: &str = "pinning main memory";
+        let mapped = MmapMut::map_anon(bytes.max(4));
+        let memory = mapped.map_err(|e| Error::Driver { call: CALL, reason: e.to_string() })?;
+        // Only a hint: without huge pages it takes longer.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        let memory = MmapRaw::from(memory);
+        // SAFETY: the mapping lives until it is given back in `drop`.
+        unsafe {
+            sys::cuMemHostRegister_v2(memory.as_mut_ptr().cast(), memory.len(), sys::CU_MEMHOSTREGISTER_DEVICEMAP)
+        }
+        .result()
+        .during(CALL)?;
+        Ok(Self { memory, bytes })
     }
 
     /// Size.
@@ -197,7 +205,7 @@ impl Pinned {
 
     /// Address on the host.
     pub fn as_ptr<T>(&self) -> *mut T {
-        self.at.cast()
+        self.memory.as_mut_ptr().cast()
     }
 
     /// Address on the GPU.
@@ -207,7 +215,7 @@ impl Pinned {
     pub fn device_ptr(&self) -> Result<Ptr, Error> {
         let mut ptr = 0;
         // SAFETY: writes one address; the memory was allocated as mapped.
-        unsafe { sys::cuMemHostGetDevicePointer_v2(&mut ptr, self.at.cast(), 0) }
+        unsafe { sys::cuMemHostGetDevicePointer_v2(&mut ptr, self.as_ptr(), 0) }
             .result()
             .during("mapping pinned memory")?;
         Ok(Ptr(ptr))
@@ -216,8 +224,8 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new`.
-        let _ = unsafe { result::free_host(self.at.cast()) };
+        // SAFETY: registered in `new`.
+        let _ = unsafe { sys::cuMemHostUnregister(self.as_ptr()) };
     }
 }
 

@@ -105,7 +105,7 @@ impl AttentionOp {
 
     pub fn launch(&self, step: &Step) -> Result<(), Error> {
         let (b, s, device, n) = (&self.block, &self.block.shape, step.device, step.n_tokens);
-        self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        self.norm.launch(step, step.x, Ptr::NULL, &step.hidden, n)?;
         let q = step.projected;
         let k = q.offset(n * b.attn_q.weight.n_rows * 4);
         let v = k.offset(n * b.attn_k.weight.n_rows * 4);
@@ -152,7 +152,7 @@ impl AttentionOp {
             }
         }
         if let Some(quantise) = &self.quantise {
-            quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
+            quantise.launch(step, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
         }
         self.output.launch(step, &step.mixed, &[step.x], n, true)
     }

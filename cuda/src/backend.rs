@@ -523,7 +523,7 @@ impl Backend {
         for range in self.layout.sampled.zeroed() {
             arena.fill(range, 0)?;
         }
-        let pinned = Pinned::new(self.options.n_slots * 4)?;
+        let pinned = Pinned::new(pinned_bytes(self.options.n_slots))?;
         let samplers = vec![SamplerOptions::greedy(); self.options.n_slots];
         arena.fill(self.layout.handoff, 0)?;
         let mailbox = match self.host_tasks.is_empty() {
@@ -588,12 +588,27 @@ impl Backend {
         delta_nets.flat_map(|(_, ranges)| *ranges).map(|range| (range, range.bytes / self.options.n_slots))
     }
 
-    fn step<'a>(&'a self, state: &State) -> Step<'a> {
-        Step::new(&self.device, &self.layout, &self.options, |range| state.arena.ptr(range))
+    fn step<'a>(&'a self, state: &State) -> Result<Step<'a>, Error> {
+        let begun = state.pinned.device_ptr()?.offset(self.options.n_slots * 4);
+        Ok(Step::new(&self.device, &self.layout, &self.options, begun, |range| state.arena.ptr(range)))
     }
 
-    fn state_of(&self, state: &State, block: usize) -> [Ptr; 2] {
-        self.layout.blocks[block].map(|range| state.arena.ptr(range))
+    /// Goes on to block `i`.
+    fn enter(&self, step: &mut Step, state: &State, i: usize) {
+        step.block = i;
+        step.state = self.layout.blocks[i].map(|range| state.arena.ptr(range));
+    }
+
+    /// An error of a step; where the GPU failed, in the block that had begun last.
+    fn locate(&self, state: &State, e: Error) -> Error {
+        match e {
+            Error::Kernel { reason, .. } | Error::Driver { reason, .. } if !self.is_alive() => {
+                // SAFETY: the word behind the tokens, which the GPU writes no more.
+                let begun = unsafe { state.pinned.as_ptr::<u32>().add(self.options.n_slots).read_volatile() };
+                Error::Kernel { block: self.names[begun as usize].clone(), ordinal: self.device.ordinal(), reason }
+            }
+            e => e,
+        }
     }
 
     /// Runs blocks `range` over `batch`, and the tasks of the CPU workers between them, who must be at work
@@ -603,6 +618,17 @@ impl Backend {
     /// # Errors
     /// A batch that does not fit, a fault, with the block's name, or workers that do not answer.
     pub fn run(
+        &self,
+        state: &mut State,
+        range: std::ops::Range<usize>,
+        batch: &Batch,
+        x: &mut [f32],
+        logits: &mut [f32],
+    ) -> Result<(), Error> {
+        self.run_blocks(state, range, batch, x, logits).map_err(|e| self.locate(state, e))
+    }
+
+    fn run_blocks(
         &self,
         state: &mut State,
         range: std::ops::Range<usize>,
@@ -625,7 +651,7 @@ impl Backend {
         state.arena.write(self.layout.runs, &runs)?;
         let wanted: Vec<u32> = batch.wanted.iter().map(|r| *r as u32).collect();
         state.arena.write(self.layout.wanted, &wanted)?;
-        let mut step = self.step(state);
+        let mut step = self.step(state)?;
         step.n_tokens = n;
         step.n_runs = runs.len();
         step.has_long_runs = runs.iter().any(|r| r.n_tokens > 1);
@@ -651,8 +677,9 @@ impl Backend {
             streamer.begin(range.clone(), |i| experts.as_ref().map_or(&[][..], |e| e.here(i)))?;
         }
         for i in range.clone() {
-            step.state = self.state_of(state, i);
+            self.enter(&mut step, state, i);
             self.meet(state, &step, i)?;
+            self.device.write_host(step.begun, i as u32)?;
             if let Op::Head(head) = &self.ops[i] {
                 assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
                 for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
@@ -875,8 +902,8 @@ impl Backend {
         let feeds = std::mem::take(&mut state.running);
         assert!(!feeds.is_empty(), "a step was started");
         self.device.bind()?;
-        self.device.wait("a decode step")?;
-        self.end_meetings(state, self.host_tasks.len())?;
+        let done = self.device.wait("a step").and_then(|()| self.end_meetings(state, self.host_tasks.len()));
+        done.map_err(|e| self.locate(state, e))?;
         if !self.has_head() {
             return Ok(Vec::new());
         }
@@ -961,10 +988,10 @@ impl Backend {
         }
         for time in &mut times {
             let graph = Graph::capture(&self.device, || {
-                let mut step = self.step(state);
+                let mut step = self.step(state)?;
                 (step.n_tokens, step.n_runs, step.n_wanted) = (n_sequences, n_sequences, n_sequences);
                 for (i, op) in self.ops.iter().enumerate().filter(|(_, op)| op.kind() == time.0) {
-                    step.state = self.state_of(state, i);
+                    self.enter(&mut step, state, i);
                     op.launch(&step)?;
                 }
                 Ok(())
@@ -985,7 +1012,7 @@ impl Backend {
         state.held.clear();
         self.set_sampler(state, 0, options, &[])?;
         let graph = Graph::capture(&self.device, || {
-            let mut step = self.step(state);
+            let mut step = self.step(state)?;
             (step.n_tokens, step.n_runs, step.n_wanted) = (1, 1, 1);
             let heads = self.ops.iter().filter_map(|op| if let Op::Head(head) = op { Some(head) } else { None });
             heads.cycle().take(CHOICES).try_for_each(|head| head.choose(&step, state.pinned.device_ptr()?))
@@ -1006,10 +1033,10 @@ impl Backend {
     }
 
     fn queue_decode(&self, state: &State, n: usize) -> Result<(), Error> {
-        let mut step = self.step(state);
+        let mut step = self.step(state)?;
         (step.n_tokens, step.n_runs, step.n_wanted) = (n, n, n);
         for (i, op) in self.ops.iter().enumerate() {
-            step.state = self.state_of(state, i);
+            self.enter(&mut step, state, i);
             self.meet(state, &step, i)?;
             self.launch_block(state, &step, i, None, None).map_err(|e| self.in_block(i, e))?;
             if let Op::Head(head) = op {
@@ -1026,6 +1053,11 @@ impl Backend {
     pub fn logits(&self, state: &State, logits: &mut [f32]) -> Result<(), Error> {
         state.arena.read(self.layout.logits, logits)
     }
+}
+
+/// Pinned bytes of a [`State`]: the token that was chosen for each slot, and the number of the block that has begun.
+pub const fn pinned_bytes(n_slots: usize) -> usize {
+    (n_slots + 1) * 4
 }
 
 /// One sequence of a decode step.
@@ -1177,5 +1209,73 @@ fn n_embd(block: &Block<Weight>) -> usize {
         Block::Ffn(b) => b.shape.n_embd,
         Block::Moe(b) => b.shape.n_embd,
         Block::Head(b) => b.shape.n_embd,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_spec::testing::{AttentionParts, Maker};
+    use tandem_spec::{AttentionShape, FfnShape, HeadShape, KvDtype, Rope, RopeScaling, RopeStyle, Sequence};
+
+    /// Which step of a process of its own is to fail.
+    const STEP: &str = "TANDEM_TEST_FAULT";
+
+    #[test]
+    fn a_fault_names_its_block() {
+        if let Err(e) = Device::open(0) {
+            return println!("skipped: {e}");
+        }
+        for step in ["prompt", "token"] {
+            let child = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "backend::tests::fault_in_attention", "--ignored", "--nocapture"])
+                .env(STEP, step)
+                .output()
+                .unwrap();
+            let out = String::from_utf8_lossy(&child.stdout);
+            assert!(out.contains("kernel fault in blk.1.attn on GPU 0: "), "{step}: {out}");
+        }
+    }
+
+    /// A fault ends all work of a process on the GPU, so that this is run by the test above.
+    #[test]
+    #[ignore = "faults on purpose"]
+    fn fault_in_attention() {
+        let Ok(failing) = std::env::var(STEP) else { return };
+        let mut maker = Maker::new(1, &[TensorType::Q4_K]);
+        let rope =
+            Rope { n_rot: 64, base: 1e7, style: RopeStyle::Neox, scaling: RopeScaling::None, rotated_pairs: vec![] };
+        let (n_embd, n_vocab, rms_eps) = (512, 64, 1e-6);
+        let shape = AttentionShape { n_embd, n_heads: 4, n_kv_heads: 2, head_dim: 128, gated: true, rms_eps, rope };
+        let blocks = [
+            Block::Embed(maker.embed(n_vocab, n_embd)),
+            Block::Ffn(maker.ffn(0, &FfnShape { n_embd, n_ff: 1024, rms_eps })),
+            Block::Attention(maker.attention(1, &shape, AttentionParts::default())),
+            Block::Head(maker.head(&HeadShape { n_embd, n_vocab, rms_eps })),
+        ];
+        let device = Arc::new(Device::open(0).unwrap());
+        let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(std::path::PathBuf::from);
+        let compiler = Compiler::new(libs.as_deref(), Some(std::env::temp_dir().join("tandem-test-cubins"))).unwrap();
+        let options = Options { n_slots: 1, n_ctx: 64, n_batch: 32, kv: KvDtype::F32 };
+        let mut backend = Backend::load(&device, compiler, &blocks, &maker.source, &options, &mut |_, _| {}).unwrap();
+        let mut state = backend.state().unwrap();
+        let batch = |slot, n_tokens| Batch {
+            tokens: (0..n_tokens as u32).collect(),
+            sequences: vec![Sequence { slot, position: 0, n_tokens }],
+            wanted: vec![n_tokens - 1],
+        };
+        let error = if failing == "prompt" {
+            let Block::Attention(attention) = &mut backend.blocks[2].0 else { unreachable!() };
+            attention.attn_q.weight.ptr = Ptr(1 << 8); // where no memory is
+            backend.run(&mut state, 0..4, &batch(0, 20), &mut [], &mut vec![0.0; n_vocab]).unwrap_err()
+        } else {
+            backend.decode(&mut state, &[Feed { slot: 0, position: 0, token: 1 }]).unwrap();
+            let next = state.held.clone();
+            // The next step goes on with what the device holds: a slot far behind the cache.
+            state.arena.write(backend.layout.rows, &rows(&batch(1 << 30, 1))).unwrap();
+            backend.decode(&mut state, &next).unwrap_err()
+        };
+        println!("{error}");
+        std::process::exit(0); // nothing of the GPU can be given back
     }
 }

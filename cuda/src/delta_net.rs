@@ -76,7 +76,7 @@ impl DeltaNetOp {
 
     pub fn launch(&self, step: &Step) -> Result<(), Error> {
         let (b, s, device, n) = (&self.block, &self.block.shape, step.device, step.n_tokens);
-        self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        self.norm.launch(step, step.x, Ptr::NULL, &step.hidden, n)?;
         let u = step.projected;
         let z = u.offset(n * s.n_channels() * 4);
         let beta = z.offset(n * s.n_value() * 4);
@@ -112,7 +112,7 @@ impl DeltaNetOp {
             }
         }
         if let Some(quantise) = &self.quantise {
-            quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
+            quantise.launch(step, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
         }
         self.output.launch(step, &step.mixed, &[step.x], n, true)
     }

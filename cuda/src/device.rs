@@ -1,6 +1,7 @@
 //! GPUs: what is there ([`gpus`]), and one opened [`Device`] with its stream. Owns the context and
 //! the stream; refuses machines without a driver by an error, never by a panic.
 
+use crate::arena::Ptr;
 use crate::error::{During, Error, count_call, describe};
 use crate::prompt::Products;
 use cudarc::driver::{result, sys};
@@ -242,9 +243,26 @@ impl Device {
     /// # Errors
     /// The fault.
     pub(crate) fn wait(&self, block: &str) -> Result<(), Error> {
+        self.wait_for(self.stream, block)
+    }
+
+    /// Writes `value` to host memory when everything queued before is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(crate) fn write_host(&self, to: Ptr, value: u32) -> Result<(), Error> {
+        // SAFETY: callers name a word of pinned memory that outlives the stream's work.
+        unsafe { sys::cuStreamWriteValue32_v2(self.stream, to.0, value, 0) }.result().during("marking a block")
+    }
+
+    /// As [`Device::wait`], for another stream of the device.
+    ///
+    /// # Errors
+    /// The fault.
+    pub(crate) fn wait_for(&self, stream: sys::CUstream, block: &str) -> Result<(), Error> {
         count_call();
-        // SAFETY: the stream lives as long as `self`.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| Error::Kernel {
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(stream) }.map_err(|e| Error::Kernel {
             block: block.to_string(),
             ordinal: self.ordinal,
             reason: describe(e),

@@ -200,8 +200,7 @@ impl ExpertSlots {
             return Ok(());
         }
         // The next batch would wait for this one anyway, to write its tokens.
-        // SAFETY: the event is alive.
-        unsafe { result::event::synchronize(self.counted.0) }.during("counting uses of experts")?;
+        self.counted.wait()?;
         for mixture in self.mixtures.iter_mut().filter(|m| m.is_counted) {
             mixture.is_counted = false;
             // SAFETY: as above; the copies are complete.

@@ -30,12 +30,12 @@ impl FfnOp {
     }
 
     pub fn launch(&self, step: &Step) -> Result<(), Error> {
-        let (device, n) = (step.device, step.n_tokens);
-        self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        let n = step.n_tokens;
+        self.norm.launch(step, step.x, Ptr::NULL, &step.hidden, n)?;
         match &self.quantise {
             Some(quantise) if n > 1 => {
                 self.gate_up.launch(step, &step.hidden, &step.mixed, n, false)?;
-                quantise.launch(device, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
+                quantise.launch(step, step.mixed.x, Ptr::NULL, &step.mixed, n)?;
             }
             _ => self.gate_up.launch(step, &step.hidden, &step.mixed, n, self.quantised)?,
         }

@@ -166,7 +166,7 @@ impl HeadOp {
     /// Logits of `n` wanted rows from `first` on, to the start of the logits.
     pub fn launch(&self, step: &Step, first: usize, n: usize) -> Result<(), Error> {
         let gather = step.wanted.offset(first * 4);
-        self.norm.launch(step.device, step.x, gather, &step.hidden, n)?;
+        self.norm.launch(step, step.x, gather, &step.hidden, n)?;
         self.output.launch(step, &step.hidden, &[step.logits], n, false)
     }
 

@@ -125,7 +125,7 @@ impl MoeOp {
     /// Queues the norm, the router and the choice of experts.
     pub fn choose(&self, step: &Step) -> Result<(), Error> {
         let (s, device, n) = (&self.block.shape, step.device, step.n_tokens);
-        self.norm.launch(device, step.x, Ptr::NULL, &step.hidden, n)?;
+        self.norm.launch(step, step.x, Ptr::NULL, &step.hidden, n)?;
         let args = self.args(step);
         // SAFETY: buffers hold `n` rows; the counters start as zero; the kernel waits for its inputs.
         unsafe { self.route.launch_early(device, Launch::grid((s.n_experts + 1).div_ceil(2), n, 1, 128), &args) }

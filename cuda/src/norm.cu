@@ -16,8 +16,9 @@ struct NormArgs {
     i8* codes;            // [n_rows, N], or null
     Q8Head* heads;        // [n_rows, N / 32]
     u16* halves;          // [n_rows, N] 16-bit, or null
+    u32* begun;           // host: gets `block`, or null
     float eps;
-    u32 pad;
+    u32 block;            // of the model, which begins here
 };
 static_assert(sizeof(NormArgs) == NORM_ARGS, "NormArgs differs from norm.rs");
 
@@ -39,6 +40,7 @@ KERNEL __launch_bounds__(THREADS) norm_rows(const NormArgs a) {
         w[j] = a.weight && i < N / 4 ? reinterpret_cast<const float4*>(a.weight)[i] : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
     }
     wait_for_inputs();
+    if (a.begun && row == 0 && threadIdx.x == 0) *a.begun = a.block;
     const float* x = a.x + (a.gather ? (u64)a.gather[row] : row) * N;
     float sum = 0.0f;
 #pragma unroll
@@ -62,6 +64,7 @@ KERNEL __launch_bounds__(THREADS) norm_rows(const NormArgs a) {
     }
 #else
     wait_for_inputs();
+    if (a.begun && row == 0 && threadIdx.x == 0) *a.begun = a.block;
     const float* x = a.x + (a.gather ? (u64)a.gather[row] : row) * N;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < N; i += THREADS) sum += x[i] * x[i];
@@ -78,6 +81,8 @@ struct EmbedArgs {
     float* x;             // [n_rows, N]
     u64 n_blocks;
     u64* started;         // when this kernel, the first of a step, began
+    u32* begun;           // host: gets `block`
+    u32 block, pad;
 };
 static_assert(sizeof(EmbedArgs) == EMBED_ARGS, "EmbedArgs differs from norm.rs");
 
@@ -85,7 +90,10 @@ static_assert(sizeof(EmbedArgs) == EMBED_ARGS, "EmbedArgs differs from norm.rs")
 // Grid (ceil(N / 256), n_rows).
 KERNEL embed(const EmbedArgs a) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i == 0 && blockIdx.y == 0) *a.started = nanoseconds();
+    if (i == 0 && blockIdx.y == 0) {
+        *a.started = nanoseconds();
+        *a.begun = a.block;
+    }
     if (i < N) a.x[(u64)blockIdx.y * N + i] = value<TYPE>(a.weight, a.n_blocks, (u64)a.rows[blockIdx.y].token * N + i);
 }
 #endif

@@ -304,11 +304,21 @@ pub(crate) struct Step<'a> {
     pub sampled: Sampled<Ptr>,
     /// Keys and values, or ring and recurrent state, of the block at hand.
     pub state: [Ptr; 2],
+    /// Its number in the backend.
+    pub block: usize,
+    /// Where in host memory the first kernel of a block writes its number, so that a fault has a place.
+    pub begun: Ptr,
 }
 
 impl<'a> Step<'a> {
     /// Addresses in the arena that `base` resolves ranges of; no tokens yet.
-    pub fn new(device: &'a Device, layout: &StateLayout, options: &Options, base: impl Fn(Range) -> Ptr) -> Self {
+    pub fn new(
+        device: &'a Device,
+        layout: &StateLayout,
+        options: &Options,
+        begun: Ptr,
+        base: impl Fn(Range) -> Ptr,
+    ) -> Self {
         Self {
             device,
             rows: base(layout.rows),
@@ -330,6 +340,8 @@ impl<'a> Step<'a> {
             logits: base(layout.logits),
             sampled: layout.sampled.map(&base),
             state: [Ptr::NULL; 2],
+            block: 0,
+            begun,
         }
     }
 }
@@ -380,8 +392,9 @@ struct NormArgs {
     codes: Ptr,
     heads: Ptr,
     halves: Ptr,
+    begun: Ptr,
     eps: f32,
-    pad: u32,
+    block: u32,
 }
 // SAFETY: mirrors NormArgs in norm.cu, which compares sizes.
 unsafe impl Args for NormArgs {}
@@ -394,6 +407,9 @@ struct EmbedArgs {
     x: Ptr,
     n_blocks: u64,
     started: Ptr,
+    begun: Ptr,
+    block: u32,
+    pad: u32,
 }
 // SAFETY: mirrors EmbedArgs in norm.cu, which compares sizes.
 unsafe impl Args for EmbedArgs {}
@@ -461,8 +477,8 @@ impl Norm {
         self
     }
 
-    /// `out` = rows of `x` (row `gather[i]`, or `i`), `n_rows` of them.
-    pub fn launch(&self, device: &Device, x: Ptr, gather: Ptr, out: &Input, n_rows: usize) -> Result<(), Error> {
+    /// `out` = rows of `x` (row `gather[i]`, or `i`), `n_rows` of them. A block begins with its norm.
+    pub fn launch(&self, step: &Step, x: Ptr, gather: Ptr, out: &Input, n_rows: usize) -> Result<(), Error> {
         let only = |wanted: bool, p: Ptr| if wanted { p } else { Ptr::NULL };
         let args = NormArgs {
             x,
@@ -472,12 +488,13 @@ impl Norm {
             codes: only(self.quantised && (n_rows == 1 || self.always_codes), out.codes),
             heads: out.heads,
             halves: only(self.quantised && n_rows > 1, out.halves),
+            begun: only(self.weight != Ptr::NULL, step.begun),
             eps: self.eps,
-            pad: 0,
+            block: step.block as u32,
         };
         let threads = norm_threads(self.n);
         // SAFETY: `x` and `out` hold `n_rows` rows of `n`; codes are asked for only where `n` is whole units.
-        unsafe { self.function.launch_early(device, Launch::new(n_rows, threads), &args) }
+        unsafe { self.function.launch_early(step.device, Launch::new(n_rows, threads), &args) }
     }
 }
 
@@ -501,6 +518,9 @@ impl Embed {
             x: step.x,
             n_blocks: self.weight.n_blocks() as u64,
             started: step.sampled.clock,
+            begun: step.begun,
+            block: step.block as u32,
+            pad: 0,
         };
         let launch = Launch::grid(self.weight.n_cols.div_ceil(256), step.n_tokens, 1, 256);
         // SAFETY: token ids were checked when the batch was built; the stream holds `n_tokens` rows.

@@ -264,7 +264,8 @@ struct CombineArgs {
     const float* weight;     // [n_tokens, n_used] f32
     const u64* slot;         // [n_tokens, n_used]: 0 where the expert is not here
     const float* shared;     // [n_tokens, n] f32 or null
-    const float* shared_gate;// [n_tokens] f32 before the sigmoid, or null
+    const float* h;          // [n_tokens, n] f32: the input of the experts
+    const float* shared_gate;// [n] f32: weights of the shared expert's gate, or null
     int n;
     int n_used;
 };
@@ -272,8 +273,14 @@ static_assert(sizeof(CombineArgs) == COMBINE_ARGS, "CombineArgs differs from pro
 
 // Grid (n_tokens), 256 threads.
 KERNEL __launch_bounds__(256) expert_combine(const CombineArgs a) {
+    __shared__ float scratch[33];
     const u64 token = blockIdx.x;
-    const float gate = a.shared_gate ? sigmoid(a.shared_gate[token]) : 1.0f;
+    float gate = 1.0f;
+    if (a.shared_gate) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < a.n; i += 256) sum += a.h[token * a.n + i] * a.shared_gate[i];
+        gate = sigmoid(block_sum(sum, scratch));
+    }
     for (int i = threadIdx.x; i < a.n; i += 256) {
         float v = a.shared ? gate * a.shared[token * a.n + i] : 0.0f;
         for (int k = 0; k < a.n_used; k++)

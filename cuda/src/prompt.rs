@@ -142,6 +142,7 @@ args!(CombineArgs {
     weight: Ptr,
     slot: Ptr,
     shared: Ptr,
+    h: Ptr,
     shared_gate: Ptr,
     n: i32,
     n_used: i32,
@@ -451,7 +452,7 @@ struct MoeBuffers {
     n_tiles: [Ptr; 2],
     pair: PairBuffers,
     y: Ptr,
-    shared: Option<(PairBuffers, Ptr, Ptr)>,
+    shared: Option<(PairBuffers, Ptr)>,
 }
 
 impl MoeBuffers {
@@ -479,7 +480,7 @@ impl MoeBuffers {
             y: s.f32(n_rows * m.n_embd),
             shared: b.shared.as_ref().map(|e| {
                 let linears = (&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp);
-                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, math), s.f32(n * m.n_embd), s.f32(n))
+                (PairBuffers::new(s, linears, n, m.n_ff_shared, false, math), s.f32(n * m.n_embd))
             }),
         }
     }
@@ -1183,16 +1184,12 @@ impl Prompt {
             multiply(b, table, 0..m.n_experts)?;
         }
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);
-        if let (Some(shared), Some((pair, y, gate))) = (&b.shared, &s.shared) {
+        if let (Some(shared), Some((pair, y))) = (&b.shared, &s.shared) {
             let linears = (&shared.ffn_gate_shexp, &shared.ffn_up_shexp, &shared.ffn_down_shexp);
             self.gemm_pair(c, linears, &s.h, n, m.n_ff_shared, pair, None)?;
             self.gemm(c, &shared.ffn_down_shexp, &pair.out, n, *y, None, false)?;
             shared_y = *y;
-            if let Some(w) = &shared.ffn_gate_inp_shexp {
-                let row = DeviceWeight { n_rows: 1, n_cols: m.n_embd, ..*w };
-                self.gemm(c, &bare(&row), &s.h, n, *gate, None, false)?;
-                shared_gate = *gate;
-            }
+            shared_gate = shared.ffn_gate_inp_shexp.as_ref().map_or(Ptr::NULL, |w| w.ptr);
         }
         if let Some((mut parts, table)) = streamed {
             while let Some(part) = parts.next_part()? {
@@ -1207,6 +1204,7 @@ impl Prompt {
             weight: s.weight,
             slot: s.slot,
             shared: shared_y,
+            h: s.h.get(Form::F32),
             shared_gate,
             n: m.n_embd as i32,
             n_used: m.n_used as i32,

@@ -325,6 +325,12 @@ impl Event {
         unsafe { result::event::record(self.0, stream) }.during("recording an event")
     }
 
+    /// Waits until what was marked last is done; not at all where nothing was.
+    pub fn wait(&self) -> Result<(), Error> {
+        // SAFETY: the event is alive.
+        unsafe { result::event::synchronize(self.0) }.during("waiting for an event")
+    }
+
     /// Lets `stream` go on only when what was marked last is done.
     pub fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;

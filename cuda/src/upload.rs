@@ -1,12 +1,13 @@
-//! The uploader: the file's bytes through a ring of pinned buffers, filled by several reader threads, copied
-//! asynchronously and sorted into planes (`layout`) on the device. Every byte crosses the bus once.
-//! Refuses nothing: sizes and types were checked when the model was described.
+//! The uploader: reader threads, each with a stream and pinned buffers of its own, copy the file's bytes asynchronously
+//! and sort them into planes (`layout`) on the device. Every byte crosses the bus once; while one reader's piece is
+//! sorted, those of others are copied. Refuses nothing: sizes and types were checked when the model was described.
 
-use crate::arena::{Arena, Ptr, Range};
+use crate::arena::{Arena, Pinned, Ptr, Range};
 use crate::compile::{Args, Function, Kernels, Launch, Program};
 use crate::device::Device;
 use crate::error::{During, Error};
-use cudarc::driver::{result, sys};
+use crate::stream::{Event, Queue};
+use cudarc::driver::result;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
@@ -14,15 +15,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use tandem_spec::{TensorSource, TensorType, Weight};
 
-/// Bytes of one staging buffer; the device holds as many beside the weights while loading.
-const BUFFER_BYTES: usize = 16 << 20;
-/// Buffers of the ring.
-const N_BUFFERS: usize = 8;
-/// Reader threads: 8 read 46 GB/s from the page cache of the machine where the bus takes 55.
-const N_READERS: usize = 8;
+/// Bytes of one buffer in main memory, and of the one on the device that it is copied to.
+const BUFFER_BYTES: usize = 2 << 20;
+/// Buffers of a reader: one is filled while another is copied.
+const N_BUFFERS: usize = 2;
+/// Reader threads. One reads 4 to 5 GB/s from the page cache of the machine where the bus takes 55.
+const N_READERS: usize = 12;
 
-/// Device bytes that [`upload`] needs beside the arena while it runs.
-pub const STAGING_BYTES: usize = BUFFER_BYTES * N_BUFFERS;
+/// Bytes that [`upload`] needs while it runs: on the device beside the arena, and of pinned memory.
+pub const STAGING_BYTES: usize = BUFFER_BYTES * N_BUFFERS * N_READERS;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -97,54 +98,11 @@ struct Piece {
     bytes: usize,
 }
 
-/// Pinned host memory.
-struct Pinned(*mut u8);
-
-// SAFETY: plain memory; each buffer is used by one thread at a time.
-unsafe impl Send for Pinned {}
-
-struct Ring {
-    device: Arc<Device>,
-    buffers: Vec<*mut u8>,
-    events: Vec<sys::CUevent>,
-    staging: Arena,
-}
-
-impl Ring {
-    fn new(device: &Arc<Device>, planned: usize) -> Result<Self, Error> {
-        let staging = Arena::new(device, "staging buffers for loading", STAGING_BYTES, planned)?;
-        let mut ring = Self { device: device.clone(), buffers: Vec::new(), events: Vec::new(), staging };
-        for _ in 0..N_BUFFERS {
-            // SAFETY: plain pinned allocation and event, freed in `drop`.
-            ring.buffers
-                .push(unsafe { result::malloc_host(BUFFER_BYTES, 0) }.during("allocating pinned memory")?.cast());
-            ring.events
-                .push(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("creating an event")?);
-        }
-        Ok(ring)
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        let _ = self.device.bind().and_then(|()| self.device.wait("loading"));
-        // SAFETY: allocated in `new`; the stream is idle.
-        unsafe {
-            for p in self.buffers.drain(..) {
-                let _ = result::free_host(p.cast());
-            }
-            for e in self.events.drain(..) {
-                let _ = result::event::destroy(e);
-            }
-        }
-    }
-}
-
 /// Copies every item to its range of `arena`. `progress` is told the bytes copied so far, from this thread.
 /// Programs ([`program`]) of all quantised types must be prepared. `planned` is for an out-of-memory message.
 ///
 /// # Errors
-/// No memory for the staging buffers, or what the driver says.
+/// No memory for the buffers, or what the driver says.
 pub fn upload(
     device: &Arc<Device>,
     kernels: &Kernels,
@@ -155,124 +113,118 @@ pub fn upload(
     progress: &mut dyn FnMut(usize),
 ) -> Result<(), Error> {
     device.bind()?;
-    let pieces = cut(items);
-    let mut functions: HashMap<TensorType, Function> = HashMap::new();
+    let mut functions = HashMap::new();
     for ty in items.iter().map(|i| i.weight.ty).filter(|ty| ty.is_quantised()) {
         if let Entry::Vacant(entry) = functions.entry(ty) {
             entry.insert(kernels.function(&program(ty), "relayout", 0)?);
         }
     }
-    let ring = Ring::new(device, planned)?;
-    let next = AtomicUsize::new(0);
-    let (give_free, take_free) = mpsc::channel::<(usize, Pinned)>();
-    let take_free = std::sync::Mutex::new(take_free);
-    let (give_full, take_full) = mpsc::channel::<(usize, usize, Pinned)>();
+    let buffers = Pinned::new(STAGING_BYTES)?;
+    let staging = Arena::new(device, "staging buffers for loading", STAGING_BYTES, planned)?;
+    let (pieces, next) = (cut(items), AtomicUsize::new(0));
+    let upload = Upload { device, functions, arena, items, source, buffers, staging, pieces, next };
+    let (tell, told) = mpsc::channel();
     std::thread::scope(|scope| {
-        for _ in 0..N_READERS {
-            let give_full = give_full.clone();
-            let (next, take_free, pieces) = (&next, &take_free, &pieces);
-            scope.spawn(move || {
-                loop {
-                    // A piece is taken together with a buffer, so that a reader without a buffer holds no piece.
-                    let (buffer, memory, i) = {
-                        let free = take_free.lock().expect("no reader panics with the lock");
-                        let Ok((buffer, memory)) = free.recv() else { return };
-                        let i = next.fetch_add(1, Ordering::Relaxed);
-                        (buffer, memory, i)
-                    };
-                    let Some(piece) = pieces.get(i) else { return };
-                    // SAFETY: the buffer holds BUFFER_BYTES, `cut` makes no longer piece, and no one else uses it now.
-                    let buffer_bytes = unsafe { std::slice::from_raw_parts_mut(memory.0, piece.bytes) };
-                    let weight = &items[piece.item].weight;
-                    weight.read(source, piece.first_block * weight.ty.row().block_bytes, buffer_bytes);
-                    if give_full.send((i, buffer, memory)).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        drop(give_full);
-        for (i, p) in ring.buffers.iter().enumerate() {
-            give_free.send((i, Pinned(*p))).expect("readers wait");
-        }
-        // Copies of a buffer and their events are queued in order; the oldest is waited for when none is free.
-        let mut in_flight = std::collections::VecDeque::new();
+        let start = |reader| {
+            let (upload, tell) = (&upload, tell.clone());
+            scope.spawn(move || upload.read_and_copy(reader, &tell))
+        };
+        let readers: Vec<_> = (0..N_READERS).map(start).collect();
+        drop(tell);
         let mut done = 0;
-        for _ in 0..pieces.len() {
-            let (i, buffer, memory) = match take_full.try_recv() {
-                Ok(full) => full,
-                Err(_) => {
-                    while let Some((buffer, memory)) = in_flight.pop_front() {
-                        // SAFETY: the event was recorded after the copy from this buffer.
-                        unsafe { result::event::synchronize(ring.events[buffer]) }.during("waiting for a copy")?;
-                        let _ = give_free.send((buffer, memory));
-                        if in_flight.len() < N_BUFFERS / 2 {
-                            break;
-                        }
-                    }
-                    take_full.recv().expect("readers live while pieces are left")
-                }
-            };
-            queue(device, &ring, arena, items, &functions, &pieces[i], buffer, &memory)?;
-            in_flight.push_back((buffer, memory));
-            done += pieces[i].bytes;
+        for bytes in told {
+            done += bytes;
             progress(done);
         }
-        drop(give_free);
-        device.wait("loading")
+        readers.into_iter().try_for_each(|reader| reader.join().expect("a reader does not panic"))
     })
 }
 
-/// Queues the copy of a piece and its relayout.
-fn queue(
-    device: &Device,
-    ring: &Ring,
-    arena: &Arena,
-    items: &[Item],
-    functions: &HashMap<TensorType, Function>,
-    piece: &Piece,
-    buffer: usize,
-    memory: &Pinned,
-) -> Result<(), Error> {
-    let item = &items[piece.item];
-    let row = item.weight.ty.row();
-    let weight = arena.ptr(item.range);
-    let quantised = item.weight.ty.is_quantised();
-    let staging = ring.staging.ptr(Range { offset: buffer * BUFFER_BYTES, bytes: BUFFER_BYTES });
-    // Floats go where they belong, in as many copies as matrices are touched.
-    let (first_byte, per_matrix) = (piece.first_block * row.block_bytes, item.matrix_bytes());
-    let mut done = 0;
-    while done < piece.bytes {
-        let (matrix, at) = ((first_byte + done) / per_matrix, (first_byte + done) % per_matrix);
-        let n = if quantised { piece.bytes } else { (per_matrix - at).min(piece.bytes - done) };
-        let target = if quantised { staging } else { weight.offset(matrix * item.stride + at) };
-        // SAFETY: the buffer holds the piece and stays filled until its event has passed. The target lies in the item's
-        // range of the arena, which `cut` found as long as its matrices at their strides, or is this buffer's part of
-        // the staging memory, which the previous relayout on this stream has left.
-        unsafe {
-            let bytes = std::slice::from_raw_parts(memory.0.add(done), n);
-            result::memcpy_htod_async(target.0, bytes, device.stream()).during("copying weights")?;
+/// What the readers share.
+struct Upload<'a> {
+    device: &'a Device,
+    functions: HashMap<TensorType, Function>,
+    arena: &'a Arena,
+    items: &'a [Item],
+    source: &'a dyn TensorSource,
+    /// `[N_READERS, N_BUFFERS, BUFFER_BYTES]`
+    buffers: Pinned,
+    /// Likewise.
+    staging: Arena,
+    pieces: Vec<Piece>,
+    /// First piece that no reader has taken.
+    next: AtomicUsize,
+}
+
+impl Upload<'_> {
+    /// Number `reader` of the readers: takes pieces until none is left, or another reader failed, and waits until its
+    /// own are where they belong.
+    fn read_and_copy(&self, reader: usize, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
+        self.device.bind()?;
+        let queue = Queue::new(0)?;
+        let copied = self.copy_pieces(reader, &queue, tell);
+        if copied.is_err() {
+            self.next.store(self.pieces.len(), Ordering::Relaxed);
         }
-        done += n;
+        // Buffers are given back when nothing reads them any more, whatever happened.
+        copied.and(self.device.wait_for(queue.0, "loading"))
     }
-    // SAFETY: event and stream are valid.
-    unsafe { result::event::record(ring.events[buffer], device.stream()) }.during("recording an event")?;
-    if quantised {
-        let n_blocks = piece.bytes / row.block_bytes;
-        let args = RelayoutArgs {
-            source: staging,
-            weight,
-            group: (per_matrix / row.block_bytes) as u64,
-            stride: item.stride as u64,
-            first: piece.first_block as u64,
-            n_blocks: n_blocks as u64,
-        };
-        let launch = Launch::new((n_blocks * row.block_len / 32).div_ceil(256), 256);
-        // SAFETY: the source holds the `n_blocks` of the piece; the target holds all matrices at their strides, as
-        // `cut` compared, and `first` and `n_blocks` count blocks of them.
-        unsafe { functions[&item.weight.ty].launch(device, launch, &args)? };
+
+    fn copy_pieces(&self, reader: usize, queue: &Queue, tell: &mpsc::Sender<usize>) -> Result<(), Error> {
+        let copied = (0..N_BUFFERS).map(|_| Event::new()).collect::<Result<Vec<_>, _>>()?;
+        for (b, copied) in copied.iter().enumerate().cycle() {
+            let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            copied.wait()?;
+            let offset = (reader * N_BUFFERS + b) * BUFFER_BYTES;
+            // SAFETY: the buffer is this reader's, `cut` makes no longer piece, and its last copy is done.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(self.buffers.as_ptr::<u8>().add(offset), piece.bytes) };
+            let weight = &self.items[piece.item].weight;
+            weight.read(self.source, piece.first_block * weight.ty.row().block_bytes, bytes);
+            let staging = self.staging.ptr(Range { offset, bytes: BUFFER_BYTES });
+            self.queue(piece, bytes, staging, queue, copied)?;
+            let _ = tell.send(piece.bytes); // whoever wants to know lives as long as the readers
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Queues the copy of a piece, which `copied` marks, and its relayout.
+    fn queue(&self, piece: &Piece, bytes: &[u8], staging: Ptr, queue: &Queue, copied: &Event) -> Result<(), Error> {
+        let item = &self.items[piece.item];
+        let row = item.weight.ty.row();
+        let weight = self.arena.ptr(item.range);
+        let quantised = item.weight.ty.is_quantised();
+        // Floats go where they belong, in as many copies as matrices are touched.
+        let (first_byte, per_matrix) = (piece.first_block * row.block_bytes, item.matrix_bytes());
+        let mut done = 0;
+        while done < bytes.len() {
+            let (matrix, at) = ((first_byte + done) / per_matrix, (first_byte + done) % per_matrix);
+            let n = if quantised { bytes.len() } else { (per_matrix - at).min(bytes.len() - done) };
+            let target = if quantised { staging } else { weight.offset(matrix * item.stride + at) };
+            // SAFETY: the buffer stays filled until `copied` has passed. The target lies in the item's range of the
+            // arena, which `cut` found as long as its matrices at their strides, or is this buffer's part of the
+            // staging memory, which the previous relayout on this stream has left.
+            unsafe { result::memcpy_htod_async(target.0, &bytes[done..done + n], queue.0) }
+                .during("copying weights")?;
+            done += n;
+        }
+        copied.record(queue.0)?;
+        if quantised {
+            let n_blocks = bytes.len() / row.block_bytes;
+            let args = RelayoutArgs {
+                source: staging,
+                weight,
+                group: (per_matrix / row.block_bytes) as u64,
+                stride: item.stride as u64,
+                first: piece.first_block as u64,
+                n_blocks: n_blocks as u64,
+            };
+            let launch = Launch::new((n_blocks * row.block_len / 32).div_ceil(256), 256);
+            // SAFETY: the source holds the `n_blocks` of the piece; the target holds all matrices at their strides, as
+            // `cut` compared, and `first` and `n_blocks` count blocks of them.
+            unsafe { self.functions[&item.weight.ty].launch_on(queue.0, launch, &args)? };
+        }
+        Ok(())
+    }
 }
 
 /// All items cut into pieces of whole blocks that fit a buffer.

@@ -322,7 +322,7 @@ pub(super) fn host_entries(model: &Model, scratch: u64, n_gpus: usize, sizes: &S
     ];
     if n_gpus > 0 {
         rows.push((Pool::Pinned, "upload ring", tandem_cuda::upload::STAGING_BYTES as u64));
-        rows.push((Pool::Pinned, "tokens", n_gpus as u64 * floats(sizes.n_slots)));
+        rows.push((Pool::Pinned, "tokens", n_gpus as u64 * tandem_cuda::backend::pinned_bytes(sizes.n_slots) as u64));
     }
     entries(Device::Cpu, rows)
 }

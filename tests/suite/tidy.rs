@@ -95,9 +95,8 @@ fn rooms_import_in_one_direction() {
 const OWNERS: &[(&str, &str)] = &[
     ("memmap2", "src/gguf/"),
     ("memmap2", "cpu/"),
-    // Stand-ins for the memory of the CPU backend.
-    ("memmap2", "cuda/tests/"),
-    ("memmap2", "cuda/benches/"),
+    // Pinned memory, and stand-ins for that of the CPU backend.
+    ("memmap2", "cuda/"),
     ("sysinfo", "src/machine/"),
     ("tokenizers", "src/text/"),
     ("minijinja", "src/text/"),
