@@ -7,6 +7,7 @@ use crate::embed::EmbedBlock;
 use crate::ffn::FfnBlock;
 use crate::handoff::{Choices, Handoff, Task};
 use crate::head::HeadBlock;
+use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::Pool;
 use crate::projection::{Projection, vector};
@@ -203,10 +204,12 @@ impl Backend {
             Ok::<_, Error>((index, packed))
         };
         // Each worker packs blocks of its own, into pages of its own: two that share a matrix clear the same new pages.
-        let here: Vec<_> = pool.install(|| {
+        let here: Result<Vec<_>, Error> = pool.install(|| {
             let table = tied.map(|w| Matrix::pack(w, source, isa).map(Arc::new)).transpose()?;
-            blocks.par_iter().map(|&index| load(index, table.as_ref())).collect::<Result<_, Error>>()
-        })?;
+            blocks.par_iter().map(|&index| load(index, table.as_ref())).collect()
+        });
+        Storage::end_mapping();
+        let here = here?;
         let mut packed: Vec<Option<CpuBlock>> = model.blocks.iter().map(|_| None).collect();
         here.into_iter().for_each(|(index, block)| packed[index] = Some(block));
         let loaded = || packed.iter().flatten();

@@ -14,6 +14,7 @@ impl ReadTest {
     /// `len` bytes, all of them written, so that each page is there. An error where the memory is not.
     pub fn new(len: usize) -> Result<Self, Error> {
         let mut memory = Storage::zeroed(len)?;
+        Storage::end_mapping(); // or the rest of the mapping would keep this
         memory.fill(1);
         Ok(Self(memory))
     }

@@ -55,9 +55,8 @@ pub fn fields(ty: TensorType) -> &'static [Field] {
 pub trait PanelMemory: Send + Sync {
     /// The panels of one matrix, one after the other, then maybe padding.
     fn bytes(&self) -> &[u8];
-    /// Addresses of the mapping that they lie in, which lives as long as they do: whole pages, which can be pinned
-    /// together.
-    /// Other parts of it may be in use.
+    /// Addresses of what is in use of the mapping that they lie in, which lives as long as they do: whole pages, which
+    /// can be pinned together, the same for all panels in them. Others may use other parts.
     fn mapping(&self) -> Range<usize>;
 }
 

@@ -4,6 +4,7 @@ use super::load::{self, EngineArgs, Loaded, Memory};
 use super::timeline::{self, Format};
 use super::usage;
 use crate::engine::{Session, StepTrace, handoff_cost};
+use crate::machine;
 use crate::plan::{self, Workload};
 use crate::text::SamplerOptions;
 use anyhow::Context;
@@ -71,6 +72,14 @@ struct Read {
     bytes_per_token: u64,
     gb_per_s: f64,
     share: f64,
+}
+
+/// GB/s that the plan's threads read from main memory: before the rows, which is what the plan was made with, and
+/// after them, if the machine is this one. Others on it change that, and with it every row that waits for memory.
+#[derive(serde::Serialize)]
+struct Reading {
+    before: f64,
+    after: Option<f64>,
 }
 
 /// Steps of which one is drawn.
@@ -147,7 +156,8 @@ fn time_generation(
 ///
 /// # Errors
 /// A model that cannot be opened, planned or loaded, or lengths that memory does not allow.
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
+    args.engine.measure_now = true;
     let longest = |lengths: &[u32]| lengths.iter().max().map_or(0, |n| *n as usize);
     // Two more positions than the longest row: a generation begins with two tokens that are not timed.
     let prompt = longest(&args.depth) + longest(&args.prompt).max(2);
@@ -303,13 +313,16 @@ fn peak_memory() -> Option<u64> {
 
 fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) -> anyhow::Result<()> {
     let (engine, host) = (&loaded.engine, &loaded.machine.host);
-    let (plan, peak) = (engine.plan(), peak_memory());
+    let (plan, peak) = (engine.plan(), peak_memory()); // before reading takes memory again
+    let after = args.engine.measures_now().then(|| machine::read_now(plan.threads, plan.isa));
+    let reading = Reading { before: host.read_gb_per_s(plan.threads), after };
     if args.json {
         let object = serde_json::json!({
             "model": plan.model,
             "machine": host,
             "build": *super::VERSION,
             "threads": plan.threads,
+            "reading_gb_per_s": reading,
             "kv_dtype": plan.kv_dtype,
             "n_batch": plan.n_batch,
             "load_s": loaded.load_time.as_secs_f64(),
@@ -363,14 +376,15 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) ->
             writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses", row.test, 100.0 * share)?;
         }
     }
+    let after = reading.after.map_or(String::new(), |rate| format!(" before, {rate:.1} after"));
     let peak = peak.map_or(String::new(), |b| format!(", peak memory {:.2} GiB", b as f64 / (1u64 << 30) as f64));
     writeln!(
         std::io::stdout(),
-        "{} | {} threads, {} reading {:.1} GB/s | loaded in {:.2} s{peak} | {}",
+        "{} | {} threads, {} reading {:.1} GB/s{after} | loaded in {:.2} s{peak} | {}",
         host.cpu,
         plan.threads,
         host.isa.name(),
-        host.read_gb_per_s(plan.threads),
+        reading.before,
         loaded.load_time.as_secs_f64(),
         *super::VERSION
     )?;

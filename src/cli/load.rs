@@ -47,6 +47,16 @@ pub struct EngineArgs {
     /// Whether the logits of every token of a batch are asked for: `tandem logits`.
     #[arg(skip)]
     pub all_logits: bool,
+    /// Whether to measure how fast the CPU reads now, instead of planning with what is remembered: `tandem bench`.
+    #[arg(skip)]
+    pub measure_now: bool,
+}
+
+impl EngineArgs {
+    /// Whether to measure, and this is the machine to plan for.
+    pub fn measures_now(&self) -> bool {
+        self.measure_now && self.wishes.machine.is_none()
+    }
 }
 
 fn parse_isa(text: &str) -> Result<Isa, String> {
@@ -80,7 +90,18 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };
     let mut machine = args.wishes.machine()?;
-    machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
+    if machine.host.isa != options.isa {
+        machine.host.kernels.clear(); // rates of other kernels
+        machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
+    }
+    if args.measures_now() {
+        let (mut types, start) = (Vec::new(), Instant::now());
+        opened.model.blocks.iter().for_each(|block| block.for_each(&mut |w| types.push(w.ty)));
+        machine.host.measure_now(args.wishes.threads(machine.host.threads)?, &types);
+        // The peak that the system tells is the model's from here on, where it lets us begin again.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        tracing::info!("cpu: rates measured in {:.2} s", start.elapsed().as_secs_f64());
+    }
     let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
     let plan = args.wishes.plan(&opened.model, &machine, &wishes)?;
     options.isa = plan.isa; // that of a saved plan

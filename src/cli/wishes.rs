@@ -134,6 +134,17 @@ impl WishArgs {
         Ok(saved)
     }
 
+    /// CPU worker threads of the plan, where `default` is what nobody asked for.
+    ///
+    /// # Errors
+    /// A plan file that cannot be read.
+    pub fn threads(&self, default: usize) -> Result<usize> {
+        match &self.plan {
+            Some(path) => Ok(read_json::<Plan>(path, "plan")?.threads.max(1)),
+            None => Ok(self.threads.map_or(default, |n| n as usize)),
+        }
+    }
+
     /// Whether the user said what a GPU has to do, so that doing without it would be against their wish.
     pub fn asks_for_gpu(&self) -> bool {
         let gpu = |rule: &PlaceRule| rule.device != Device::Cpu;
@@ -153,7 +164,11 @@ impl WishArgs {
     pub fn machine(&self) -> Result<Machine> {
         match &self.machine {
             None => Ok(machine::here(&measuring(self.cuda_libs.as_deref(), false))),
-            Some(name) if Path::new(name).exists() => read_json(Path::new(name), "machine facts"),
+            Some(name) if Path::new(name).exists() => {
+                let facts: Machine = read_json(Path::new(name), "machine facts")?;
+                facts.check().map_err(|e| anyhow!("{name}: {e}"))?;
+                Ok(facts)
+            }
             Some(name) => machine::known(name).map_err(|e| anyhow!(e)),
         }
     }

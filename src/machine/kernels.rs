@@ -1,20 +1,20 @@
-//! What the CPU kernels reach on this machine: feed-forward blocks of each common type, their weights larger than the
-//! caches of any processor, run on one token, and one of them on a batch.
+//! What the CPU kernels reach on this machine: feed-forward blocks of each common type, their weights together larger
+//! than the caches of any processor, run on one token, and one of them on a batch.
 
 use super::KernelRate;
 use std::time::Instant;
-use tandem_cpu::{Backend, Isa, StateSize};
+use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
 use tandem_spec::{Batch, Block, Ffn, FfnShape, KvDtype, Linear, Model, TensorSource, TensorType, Weight};
 
 /// Types that are measured; others take the rate of the one that is nearest in size.
 const TYPES: [TensorType; 3] = [TensorType::Q4_K, TensorType::Q6_K, TensorType::Q8_0];
 const N_EMBD: usize = 4096;
 const N_FF: usize = 8192;
-/// Steps of one token; the fastest counts, since everything else on the machine only slows a step down.
-const DECODE_STEPS: usize = 5;
+/// Steps of one token. Of steps the median counts: the fastest is 5 % faster than a text of many of them.
+const DECODE_STEPS: usize = 9;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
 const PROMPT_TOKENS: usize = 256;
-const PROMPT_STEPS: usize = 2;
+const PROMPT_STEPS: usize = 3;
 
 /// Zeros: speeds do not depend on the values.
 struct Zeros(Vec<u8>);
@@ -33,50 +33,81 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
     Linear { weight: weight(ty, n_rows, n_cols), scale: None, bias: None }
 }
 
-/// Rates of every measured type with `threads` threads, on `bytes` of weights or one block. A type that cannot be
-/// measured (too little memory) is left out.
+/// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; none where there is
+/// too little memory.
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
-    TYPES.iter().filter_map(|&ty| measure_type(ty, threads, isa, bytes).ok()).collect()
+    let rates = Blocks::new(&TYPES, threads, isa, bytes).and_then(|mut blocks| {
+        let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
+        let rates = TYPES.into_iter().zip(decode.into_iter().zip(prompt));
+        let rate = |(ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
+        Ok(rates.map(rate).collect())
+    });
+    rates.unwrap_or_default()
 }
 
-fn measure_type(ty: TensorType, threads: usize, isa: Isa, bytes: usize) -> Result<KernelRate, tandem_cpu::Error> {
-    let ffn = Ffn {
-        layer: 0,
-        shape: FfnShape { n_embd: N_EMBD, n_ff: N_FF, rms_eps: 1e-6 },
-        ffn_norm: weight(TensorType::F32, 1, N_EMBD),
-        ffn_gate: linear(ty, N_FF, N_EMBD),
-        ffn_up: linear(ty, N_FF, N_EMBD),
-        ffn_down: linear(ty, N_EMBD, N_FF),
-    };
-    let n_bytes = [&ffn.ffn_gate, &ffn.ffn_up, &ffn.ffn_down].map(|l| l.weight.n_bytes()).iter().sum::<usize>();
-    let n = bytes.div_ceil(n_bytes).max(1);
-    let source = Zeros(vec![0; ffn.ffn_gate.weight.n_bytes()]);
-    let model = Model {
-        arch: String::new(),
-        name: String::new(),
-        n_embd: N_EMBD,
-        n_vocab: 1,
-        n_layers: n,
-        n_ctx_train: 1,
-        blocks: vec![Block::Ffn(ffn); n],
-        mtp: None,
-    };
-    let backend = Backend::load(&model, &Vec::from_iter(0..n), &source, tandem_cpu::Options { threads, isa }, &|_| {})?;
-    let size = StateSize { n_slots: 1, n_ctx: PROMPT_TOKENS, n_batch: PROMPT_TOKENS, kv_dtype: KvDtype::Bf16 };
-    let mut state = backend.state(size)?;
-    let mut x = vec![1.0; PROMPT_TOKENS * N_EMBD];
-    let mut fastest = |n_blocks: usize, n_tokens: usize, n_steps: usize| {
+/// GB/s of one token for each of `types`, which are measured ones: [`KernelRate::decode_gb_per_s`].
+pub(super) fn decode(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<f64>, Error> {
+    Blocks::new(types, threads, isa, bytes)?.decode_gb_per_s()
+}
+
+/// As many feed-forward blocks of each type; they run type by type, so that one evicts the other from the caches.
+struct Blocks {
+    backend: Backend,
+    state: State,
+    x: Vec<f32>,
+    /// Of each type, bytes of its weights in a block.
+    n_bytes: Vec<usize>,
+    n_blocks: usize,
+}
+
+impl Blocks {
+    fn new(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Self, Error> {
+        let block = |&ty: &TensorType| Ffn {
+            layer: 0,
+            shape: FfnShape { n_embd: N_EMBD, n_ff: N_FF, rms_eps: 1e-6 },
+            ffn_norm: weight(TensorType::F32, 1, N_EMBD),
+            ffn_gate: linear(ty, N_FF, N_EMBD),
+            ffn_up: linear(ty, N_FF, N_EMBD),
+            ffn_down: linear(ty, N_EMBD, N_FF),
+        };
+        let n_bytes = |ty: &TensorType| 3 * weight(*ty, N_FF, N_EMBD).n_bytes();
+        let n_bytes: Vec<usize> = types.iter().map(n_bytes).collect();
+        let n_blocks = bytes.div_ceil(n_bytes.iter().sum::<usize>().max(1)).max(1);
+        let blocks: Vec<_> = types.iter().flat_map(|ty| vec![Block::Ffn(block(ty)); n_blocks]).collect();
+        let source = Zeros(vec![0; n_bytes.iter().max().map_or(0, |n| n / 3)]);
+        let (n_layers, indices) = (blocks.len(), Vec::from_iter(0..blocks.len()));
+        let (arch, name, mtp) = (String::new(), String::new(), None);
+        let model = Model { arch, name, n_embd: N_EMBD, n_vocab: 1, n_layers, n_ctx_train: 1, blocks, mtp };
+        let backend = Backend::load(&model, &indices, &source, Options { threads, isa }, &|_| {})?;
+        let size = StateSize { n_slots: 1, n_ctx: PROMPT_TOKENS, n_batch: PROMPT_TOKENS, kv_dtype: KvDtype::Bf16 };
+        let state = backend.state(size)?;
+        Ok(Self { backend, state, x: vec![1.0; PROMPT_TOKENS * N_EMBD], n_bytes, n_blocks })
+    }
+
+    /// Of each type, the median of `n_steps` of `n_tokens` through `n_blocks` of its blocks, after one that warms up.
+    fn seconds(&mut self, n_blocks: usize, n_tokens: usize, n_steps: usize) -> Result<Vec<f64>, Error> {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
-        let mut seconds = f64::INFINITY;
-        for _ in 0..=n_steps {
-            let start = Instant::now();
-            backend.run(0..n_blocks, &batch, &mut state, &mut x, &mut [])?;
-            seconds = seconds.min(start.elapsed().as_secs_f64());
+        let mut seconds = vec![Vec::new(); self.n_bytes.len()];
+        for step in 0..=n_steps {
+            for (i, seconds) in seconds.iter_mut().enumerate() {
+                let (first, start) = (i * self.n_blocks, Instant::now());
+                self.backend.run(first..first + n_blocks, &batch, &mut self.state, &mut self.x, &mut [])?;
+                if step > 0 {
+                    seconds.push(start.elapsed().as_secs_f64());
+                }
+            }
         }
-        Ok::<_, tandem_cpu::Error>(seconds)
-    };
-    let decode_s = fastest(n, 1, DECODE_STEPS)?;
-    let prompt_s = fastest(1, PROMPT_TOKENS, PROMPT_STEPS)?;
-    let ops = 2.0 * (3 * N_EMBD * N_FF * PROMPT_TOKENS) as f64;
-    Ok(KernelRate { ty, decode_gb_per_s: (n * n_bytes) as f64 / decode_s / 1e9, prompt_gflops: ops / prompt_s / 1e9 })
+        seconds.iter_mut().for_each(|seconds| seconds.sort_by(f64::total_cmp));
+        Ok(seconds.iter().map(|seconds| seconds[n_steps / 2]).collect())
+    }
+
+    fn decode_gb_per_s(&mut self) -> Result<Vec<f64>, Error> {
+        let seconds = self.seconds(self.n_blocks, 1, DECODE_STEPS)?;
+        Ok(self.n_bytes.iter().zip(seconds).map(|(n, s)| (n * self.n_blocks) as f64 / s / 1e9).collect())
+    }
+
+    fn prompt_gflops(&mut self) -> Result<Vec<f64>, Error> {
+        let ops = 2.0 * (3 * N_EMBD * N_FF * PROMPT_TOKENS) as f64;
+        Ok(self.seconds(1, PROMPT_TOKENS, PROMPT_STEPS)?.into_iter().map(|s| ops / s / 1e9).collect())
+    }
 }

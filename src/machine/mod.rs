@@ -7,10 +7,11 @@ mod known;
 mod probe;
 
 pub use known::{known, known_names};
-pub use probe::{Options, here};
+pub use probe::{Options, here, read_now};
 
 use serde::{Deserialize, Serialize};
 use tandem_cpu::Isa;
+use tandem_spec::TensorType;
 
 /// A machine as the planner sees it. Memory in bytes, bandwidths in GB/s (10^9 bytes), latencies in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +26,38 @@ pub struct Machine {
     /// Why no GPU can be used and what to install, where there is something to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_note: Option<String>,
+}
+
+impl Machine {
+    /// Whether a plan can be made from facts that somebody wrote down: rates are positive, and memory is less than
+    /// an EiB.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        const BYTES_MAX: u64 = 1 << 60;
+        let host = &self.host;
+        let (counts, is_ascending) = (host.read.iter().map(|r| r.threads), host.read.is_sorted_by_key(|r| r.threads));
+        if host.read.is_empty() || !is_ascending || counts.chain([host.threads]).any(|n| n == 0) {
+            return Err("`threads` and those of `read` must be at least 1, and `read` ascend and not be empty".into());
+        }
+        let mut rates: Vec<f64> = host.read.iter().map(|r| r.gb_per_s).chain([host.copy_gb_per_s]).collect();
+        rates.extend(host.kernels.iter().flat_map(|k| [k.decode_gb_per_s, k.prompt_gflops]));
+        let (mut bytes, mut latencies) = (vec![host.ram_total, host.ram_available], Vec::new());
+        for g in &self.gpus {
+            rates.extend([g.bandwidth_gb_per_s, g.mma_tflops, g.pinned_gb_per_s].into_iter().chain(g.dense_tflops));
+            rates.extend([g.pageable_gb_per_s, g.read_back_gb_per_s]);
+            latencies.extend([g.transfer_us, g.launch_us, g.kernel_us, g.handoff_us]);
+            bytes.extend([g.vram_total, g.vram_free, g.driver_bytes]);
+        }
+        if rates.iter().any(|r| *r <= 0.0) || latencies.iter().any(|t| *t < 0.0) {
+            return Err("rates must be larger than 0, and latencies not negative".into());
+        }
+        if bytes.iter().any(|n| *n >= BYTES_MAX) {
+            return Err(format!("memory must be less than {BYTES_MAX} bytes"));
+        }
+        Ok(())
+    }
 }
 
 /// Processor and main memory.
@@ -65,6 +98,13 @@ impl Host {
             }
         }
     }
+
+    /// The measured kernel of `ty`, or of the measured type that is nearest in bytes per weight; none for plain floats.
+    pub fn kernel(&self, ty: TensorType) -> Option<&KernelRate> {
+        let bytes_per_weight = |ty: TensorType| ty.row().block_bytes as f64 / ty.row().block_len as f64;
+        let distance = |k: &KernelRate| (bytes_per_weight(k.ty) / bytes_per_weight(ty)).ln().abs();
+        self.kernels.iter().filter(|_| ty.is_quantised()).min_by(|a, b| distance(a).total_cmp(&distance(b)))
+    }
 }
 
 /// Bandwidth of reading main memory with so many threads.
@@ -82,7 +122,7 @@ pub struct ReadRate {
 #[serde(deny_unknown_fields)]
 pub struct KernelRate {
     /// Tensor type, as ggml writes it.
-    pub ty: tandem_spec::TensorType,
+    pub ty: TensorType,
     /// One token: bytes of weights per second, GB/s.
     pub decode_gb_per_s: f64,
     /// Many tokens: operations (two per weight and token) per second, 10^9/s.

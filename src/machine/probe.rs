@@ -10,9 +10,10 @@ use std::time::Instant;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tandem_cpu::{Isa, ReadTest};
 use tandem_cuda::{Compiler, GpuInfo};
+use tandem_spec::TensorType;
 
 /// Changes when the measurement does, so that older files are measured again.
-const CACHE_VERSION: u32 = 4;
+const CACHE_VERSION: u32 = 5;
 /// Bytes read per pass, and of weights: more than the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
@@ -46,13 +47,14 @@ struct Measured {
 impl Measured {
     /// Measures the host.
     fn host(cpu: &str, isa: Isa, threads: usize, ram_available: u64) -> Self {
-        let bytes = READ_BYTES.min((ram_available / 8) as usize).max(1 << 20);
+        let bytes = bytes_to_read(ram_available);
+        let powers = std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n < threads);
         Self {
             version: CACHE_VERSION,
             cpu: cpu.into(),
             isa,
             threads,
-            read: read_rates(threads, bytes, isa),
+            read: read_rates(powers.chain([threads]), bytes, isa),
             // Written once: untouched pages would all be the same page of zeros.
             copy_gb_per_s: copy_rate(vec![1u64; bytes / 8], threads),
             kernels: kernels::measure(threads, isa, bytes),
@@ -74,11 +76,8 @@ impl Measured {
 /// Facts about this machine. Rates come from the cache where they were measured before (a missing, damaged or
 /// foreign file is measured again and replaced), unless `options.refresh`.
 pub fn here(options: &Options) -> Machine {
-    let system = System::new_with_specifics(
-        RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()).with_memory(MemoryRefreshKind::nothing().with_ram()),
-    );
-    let (ram_total, ram_available) = memory(&system);
-    let cpu = cpu_name(&system);
+    let (ram_total, ram_available) = memory();
+    let cpu = cpu_name();
     let isa = Isa::detect();
     let threads = threads();
     let path = options.cache_dir.as_deref().map(|dir| cache_path(dir, &cpu, threads));
@@ -106,6 +105,28 @@ pub fn here(options: &Options) -> Machine {
     let Measured { read, copy_gb_per_s, kernels, .. } = measured;
     let host = Host { cpu, isa, threads, ram_total, ram_available, read, copy_gb_per_s, kernels };
     Machine { name: System::host_name().unwrap_or_else(|| "this machine".into()), host, gpus, gpu_note }
+}
+
+/// GB/s that `threads` threads read now, with the loads of `isa`.
+pub fn read_now(threads: usize, isa: Isa) -> f64 {
+    read_rates([threads], bytes_to_read(memory().1), isa)[0].gb_per_s
+}
+
+impl Host {
+    /// Measures again what changes from minute to minute where a machine is shared: how fast `threads` threads read
+    /// main memory, and weights of the measured kinds that stand for `types`. They are [`Host::threads`] from then on.
+    pub fn measure_now(&mut self, threads: usize, types: &[TensorType]) {
+        let read = ReadRate { threads, gb_per_s: read_now(threads, self.isa) };
+        let stand_for_types: Vec<TensorType> = types.iter().filter_map(|ty| Some(self.kernel(*ty)?.ty)).collect();
+        self.kernels.iter_mut().for_each(|k| k.prompt_gflops *= threads as f64 / self.threads as f64);
+        let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
+        let types: Vec<TensorType> = measured.iter().map(|k| k.ty).collect();
+        // Where there is too little memory to measure, what is remembered stays.
+        if let Ok(rates) = kernels::decode(&types, threads, self.isa, bytes_to_read(self.ram_available)) {
+            measured.iter_mut().zip(rates).for_each(|(k, rate)| k.decode_gb_per_s = rate);
+        }
+        (self.threads, self.read) = (threads, vec![read]);
+    }
 }
 
 fn compiler(options: &Options) -> Result<Compiler, tandem_cuda::Error> {
@@ -192,7 +213,9 @@ fn promised(info: &GpuInfo) -> Gpu {
 }
 
 /// Total and available main memory in bytes, within the limits of this process's cgroup.
-fn memory(system: &System) -> (u64, u64) {
+fn memory() -> (u64, u64) {
+    let ram = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(ram);
     let (mut total, mut available) = (system.total_memory(), system.available_memory());
     if let Some(limits) = system.cgroup_limits() {
         total = total.min(limits.total_memory);
@@ -202,7 +225,13 @@ fn memory(system: &System) -> (u64, u64) {
     (total, available)
 }
 
-fn cpu_name(system: &System) -> String {
+/// Bytes to measure with, where so many are available.
+fn bytes_to_read(ram_available: u64) -> usize {
+    READ_BYTES.min((ram_available / 8) as usize).max(1 << 20)
+}
+
+fn cpu_name() -> String {
+    let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
     match system.cpus().first().map(|cpu| cpu.brand().trim()) {
         Some(brand) if !brand.is_empty() => brand.to_owned(),
         _ => "unknown processor".to_owned(),
@@ -240,16 +269,11 @@ fn write_cache(path: &Path, measured: &Measured) {
     }
 }
 
-/// Read bandwidth with 1, 2, 4, ... and `max_threads` threads over `bytes`; one rate of 1 GB/s for each thread where
-/// there is no memory to read.
-fn read_rates(max_threads: usize, bytes: usize, isa: Isa) -> Vec<ReadRate> {
-    let Ok(memory) = ReadTest::new(bytes) else {
-        return vec![ReadRate { threads: max_threads, gb_per_s: max_threads as f64 }];
-    };
-    let mut counts: Vec<usize> =
-        std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n < max_threads).collect();
-    counts.push(max_threads);
-    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: read_rate(&memory, threads, isa) }).collect()
+/// Read bandwidth over `bytes` by number of threads; 1 GB/s for each thread where there is no memory to read.
+fn read_rates(counts: impl IntoIterator<Item = usize>, bytes: usize, isa: Isa) -> Vec<ReadRate> {
+    let memory = ReadTest::new(bytes).ok();
+    let rate = |threads| memory.as_ref().map_or(threads as f64, |memory| read_rate(memory, threads, isa));
+    counts.into_iter().map(|threads| ReadRate { threads, gb_per_s: rate(threads) }).collect()
 }
 
 /// Best of some passes that copy one half of `words` to the other, each thread its part. GB/s copied.

@@ -448,12 +448,15 @@ impl<'a> Tables<'a> {
                 for (nth, share) in place.iter().enumerate() {
                     let entries = bytes::share_entries(model, index, &place, nth, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
-                    let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
                     let (rates, side) = match share.device {
                         Device::Cpu => {
                             cell.cpu_bytes = bytes;
                             if streamed.is_some() {
-                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights.sum::<u64>() as f64);
+                                // Of experts that follow the routing, main memory has those that the GPU has too.
+                                let sizes = Sizes { expert_cache: false, ..self.sizes };
+                                let missing = bytes::share_entries(model, index, &place, nth, &sizes);
+                                let weights = bytes::total(&missing, Device::Cpu, Some(bytes::Pool::Weights));
+                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights as f64);
                             }
                             (cpu, 1)
                         }
@@ -800,7 +803,8 @@ impl<'a> Tables<'a> {
             let cpu = Rates::Cpu { host: &facts.host, threads: problem.threads };
             decode += cpu.fixed_seconds(problem.model.n_vocab);
         }
-        let streamed = if all.copy > 0.0 { streamed } else { f64::INFINITY };
+        let can_stream = all.copy > 0.0 && self.batch_tokens >= bytes::PROMPT_FROM;
+        let streamed = if can_stream { streamed } else { f64::INFINITY };
         Times { decode, in_place: all.in_place, streamed }
     }
 }
@@ -850,7 +854,8 @@ pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Wor
     let any_gpu = levels.iter().any(|level| *level > 0);
     let tables = Tables::new(&problem, plan.sizes());
     let times = tables.timed(&levels, &gpus, any_gpu);
-    let prompt = if tables.sizes.stream { times.in_place.min(times.streamed) } else { times.in_place };
+    let streams = plan.stream_from.is_some_and(|from| tables.batch_tokens >= from);
+    let prompt = if streams { times.streamed } else { times.in_place };
     Some((times.decode, tables.n_batches * prompt))
 }
 

@@ -269,6 +269,13 @@ impl Plan {
         if bytes::account(model, &self.places, &sizes, &bytes::GpuSize::of(&self.limits)) != self.account {
             return Err("the bytes of the plan are not those of this model: make the plan again".into());
         }
+        for device in self.devices().into_iter().chain([Device::Cpu]) {
+            let limit = self.limits.iter().find(|l| l.device == device).map_or(0, |l| l.bytes);
+            let needed = self.bytes(device, None);
+            if needed > limit {
+                return Err(format!("{device} needs {needed} bytes, the plan's limit is {limit}"));
+            }
+        }
         Ok(())
     }
 }

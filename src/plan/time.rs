@@ -10,7 +10,7 @@
 
 use super::bytes::{PROMPT_FROM, Sizes};
 use super::{Device, Plan, Share};
-use crate::machine::{Gpu, Host, KernelRate, Machine};
+use crate::machine::{Gpu, Host, Machine};
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
@@ -20,11 +20,11 @@ const CPU_GEMV_SHARE: f64 = 0.92;
 const CPU_STAGE_US: f64 = 4.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
-/// Share of a thread's plain products that attention scores and the delta rule reach; measured hosts with AVX-512 reach
-/// twice what is promised for those that are not here.
 /// Tokens of an expert at which the CPU multiplies half as fast as with many: they share the decoding of its weights.
 /// Measured for 16 (docs/performance.md, the prompt of a 35B-A3B on the CPU).
 const CPU_EXPERT_TOKENS: f64 = 16.0;
+/// Share of a thread's plain products that attention scores and the delta rule reach; measured hosts with AVX-512 reach
+/// twice what is promised for those that are not here.
 const CPU_SCAN_SHARE: f64 = 0.3;
 const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
 
@@ -258,16 +258,9 @@ fn token_bytes_by_device(model: &Model, plan: &Plan, n_past: usize) -> Vec<(Devi
     shares.collect()
 }
 
-/// The measured kernel of `ty`, or of the measured type that is nearest in bytes per weight; none for plain floats.
-fn measured(host: &Host, ty: TensorType) -> Option<&KernelRate> {
-    let bytes_per_weight = |ty: TensorType| ty.row().block_bytes as f64 / ty.row().block_len as f64;
-    let distance = |k: &KernelRate| (bytes_per_weight(k.ty) / bytes_per_weight(ty)).ln().abs();
-    host.kernels.iter().filter(|_| ty.is_quantised()).min_by(|a, b| distance(a).total_cmp(&distance(b)))
-}
-
 /// Weights of one type on the CPU: GB/s for few tokens, and 10^9 operations per second for many.
 fn cpu_rates(host: &Host, threads: usize, ty: TensorType) -> (f64, f64) {
-    match measured(host, ty) {
+    match host.kernel(ty) {
         Some(kernel) => {
             let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
             let decode = kernel.decode_gb_per_s.min(host.read_gb_per_s(host.threads)) * share;

@@ -89,6 +89,17 @@ fn an_unwritable_trace_is_refused_first() {
     assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "no plan was made");
 }
 
+/// Facts about a machine that are no facts are refused with the name of their file.
+#[test]
+fn wrong_facts_are_refused() {
+    let probed = tandem(&["probe", "--json"], &[]);
+    let mut facts: serde_json::Value = serde_json::from_slice(&probed.stdout).unwrap();
+    facts["host"]["read"] = serde_json::json!([]);
+    let path = scratch("no-rates.json", facts.to_string().as_bytes());
+    let path = path.to_str().unwrap();
+    assert_refused(&["plan", &golden("qwen35-f32.gguf"), "--machine", path], &[], 1, &[path, "`read`"]);
+}
+
 /// Options that contradict each other are refused, where both come from the command line or both from the
 /// environment; else the environment yields.
 #[test]
@@ -266,6 +277,31 @@ fn bench_measures_each_row_from_its_beginning() {
             assert!(rates.iter().all(|rate| rate.as_f64().unwrap() > 0.0), "{row}");
         }
     }
+}
+
+/// Bench plans with what the plan's threads read now and says what they read afterwards; for another machine it plans
+/// with that machine's facts, and measures nothing.
+#[test]
+fn bench_says_what_memory_gave_before_and_after() {
+    let report = |args: &[&str]| -> serde_json::Value {
+        let model = golden("qwen35-q4_k_m.gguf");
+        let output =
+            tandem(&[&["bench", &model, "-p", "0", "-n", "2", "-r", "1", "--vram", "0", "--json"], args].concat(), &[]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let here = report(&["--threads", "1"]);
+    let (host, reading) = (&here["machine"], &here["reading_gb_per_s"]);
+    assert_eq!(host["threads"], 1);
+    assert_eq!(host["read"].as_array().unwrap().len(), 1);
+    assert_eq!(host["read"][0]["gb_per_s"], reading["before"]);
+    assert!(reading["before"].as_f64().unwrap() > 0.0 && reading["after"].as_f64().unwrap() > 0.0, "{reading}");
+    let elsewhere = report(&["--machine", "server-16c-128gb", "--threads", "1"]);
+    assert_eq!(elsewhere["machine"]["threads"], 16);
+    assert!(elsewhere["reading_gb_per_s"]["after"].is_null());
+    let portable = report(&["--cpu-isa", "portable"]);
+    assert_eq!(portable["machine"]["isa"], "portable");
+    assert_eq!(portable["machine"]["kernels"], serde_json::json!([]), "the rates of other kernels");
 }
 
 /// What `--log` and its twin ask for is told on standard error, and nothing more.

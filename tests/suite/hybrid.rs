@@ -2,14 +2,16 @@
 //! shares, with and without streaming of the CPU's shares for prompts. Skipped, with the reason, where there is no GPU.
 
 use super::golden::{Golden, golden_models, numbers, tokens};
+use super::story::{asked, in_type, story};
 use std::path::PathBuf;
 use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;
 use tandem::machine::{self, Machine};
 use tandem::plan::{self, PlaceRule, Plan, Wishes};
+use tandem::text::{Tokenizer, Vocabulary};
 use tandem_cpu::Isa;
 use tandem_spec::testing::{Rng, relative_rms};
-use tandem_spec::{Batch, KvDtype, Model};
+use tandem_spec::{Batch, KvDtype, Model, TensorSource, TensorType};
 
 /// Placements of the same model: each kind of block on the CPU, feed-forward blocks shared, and mixtures of these.
 const SPLITS: &[&[&str]] = &[
@@ -68,6 +70,15 @@ fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, n_batch:
     let wishes =
         Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, expert_cache, ..Default::default() };
     plan::plan(model, machine, &wishes).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Everything on the CPU.
+const CPU: &[&str] = &["embed=cpu", "blk.*=cpu", "head=cpu"];
+
+/// `model` placed as [`plan`] says for 256 positions.
+fn load(model: &Model, source: &dyn TensorSource, machine: &Machine, rules: &[&str], n_batch: usize) -> Engine {
+    let plan = plan(model, machine, rules, 256, n_batch, true);
+    Engine::load(model.clone(), plan, &options(), source, &|_| {}).unwrap_or_else(|e| panic!("{rules:?}: {e}"))
 }
 
 /// Twice what rounding of activations to 8 bits does in an exact computation, or f32 rounding of a whole model.
@@ -167,34 +178,49 @@ fn streamed_models_give_the_golden_logits() {
     assert!(failed.is_empty(), "{} of {n_checked}: {failed:#?}", failed.len());
 }
 
-/// A prompt in two streamed batches and a short one of the CPU, then 60 tokens that both sides generate: the text is
-/// the CPU's.
+/// A prompt in three streamed batches and a short one of the CPU, then 60 tokens that both sides generate: the text is
+/// the CPU's. Strictly with weights as f32, which all of a prompt meets in f32, and as BF16, before which a GPU rounds
+/// its activations to bf16: there the CPU's closest choice of the 60 is 0.04 ahead. In Q4_K_M up to near ties.
 #[test]
 fn streamed_story_goes_on_with_the_shares_of_the_cpu() {
     let Some(machine) = machine().map(slow_host) else { return };
-    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
-    let prompt: Vec<u32> = (0..70).map(|i| 40 + 7 * i).collect();
-    let story = |rules: &[&str]| {
-        let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256, 32, true);
-        assert_eq!(plan.stream_from.is_some(), !rules.contains(&"blk.*=cpu"));
-        let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
-        greedy(&engine, &prompt, 60)
+    let file = story();
+    let quantised = tandem::model::describe(&file).unwrap();
+    let tokenizer = Tokenizer::new(Vocabulary::from_metadata(file.metadata()).unwrap()).unwrap();
+    let question = asked(&file, &tokenizer, "Tell me a story about the owl Nora.");
+    let check = |name: &str, model: &Model, source: &dyn TensorSource, is_strict: bool| {
+        let engine = |rules: &[&str]| {
+            let engine = load(model, source, &machine, rules, 32);
+            assert_eq!(engine.plan().stream_from.is_some(), rules != CPU);
+            engine
+        };
+        let on_cpu = engine(CPU);
+        let (prompt, _) = greedy(&on_cpu, &question, 102 - question.len());
+        let (cpu, margins) = greedy(&on_cpu, &prompt, 60);
+        for rules in [&["blk.*.ffn=cuda0:50%"][..], &["embed=cpu", "blk.*.ffn=cuda0:25%"]] {
+            let (shared, _) = greedy(&engine(rules), &prompt, 60);
+            let what = format!("{name} {rules:?}");
+            if is_strict {
+                assert_eq!(shared, cpu, "{what}");
+            } else {
+                same_text(&cpu, &margins, &shared, prompt.len(), &what);
+            }
+        }
     };
-    let (cpu, margins) = story(&["embed=cpu", "blk.*=cpu", "head=cpu"]);
-    for rules in [&["blk.*.ffn=cuda0:50%"][..], &["embed=cpu", "blk.*.ffn=cuda0:25%"]] {
-        same_text(&cpu, &margins, &story(rules).0, prompt.len(), &format!("{rules:?}"));
+    for ty in [TensorType::F32, TensorType::BF16] {
+        let (model, weights) = in_type(&quantised, &file, ty);
+        check(ty.name(), &model, &weights, true);
     }
+    check("Q4_K_M", &quantised, &file, false);
 }
 
 /// Two sessions of one engine on two threads take turns: each tells what it tells alone.
 #[test]
 fn two_sessions_of_a_shared_model_take_turns() {
     let Some(machine) = machine() else { return };
-    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    let file = story();
     let model = tandem::model::describe(&file).unwrap();
-    let plan = plan(&model, &machine, &["embed=cpu", "blk.*.ffn=cuda0:50%"], 256, 256, true);
-    let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
+    let engine = load(&model, &file, &machine, &["embed=cpu", "blk.*.ffn=cuda0:50%"], 256);
     let prompts: [Vec<u32>; 2] = [0, 1].map(|k| (0..12).map(|i| 40 + (7 + k) * i).collect());
     let alone = prompts.each_ref().map(|prompt| greedy(&engine, prompt, 100).0);
     let together = std::thread::scope(|scope| {
@@ -204,34 +230,45 @@ fn two_sessions_of_a_shared_model_take_turns() {
     assert_eq!(alone, together);
 }
 
-/// Greedy text of 200 tokens at 50 random placements is that of the CPU, and nothing hangs.
+/// A random placement of the 16 layers of the story.
+fn random_rules(rng: &mut Rng) -> Vec<String> {
+    let mut rules = Vec::new();
+    for layer in 0..16 {
+        match rng.below(4) {
+            0 => rules.push(format!("blk.{layer}.ffn=cuda0:{}%", 25 * (1 + rng.below(3)))),
+            1 => rules.push(format!("blk.{layer}.ffn=cpu")),
+            2 => rules.push(format!("blk.{layer}=cpu")),
+            _ => {}
+        }
+    }
+    rules.extend(["embed=cpu", "head=cpu"].iter().filter(|_| rng.below(3) == 0).map(|r| r.to_string()));
+    rules
+}
+
+/// Greedy text of 200 tokens on the GPU alone and at random placements is that of the CPU, and nothing hangs. At 50
+/// placements strictly, with the weights as they were trained (BF16): single tokens and a prompt of 12 meet those in
+/// f32 on both sides. At 10 in Q4_K_M up to near ties, since the sides round activations in groups of their own.
 #[test]
 fn shared_story_is_the_story_of_the_cpu() {
     let Some(machine) = machine() else { return };
-    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    let file = story();
     let prompt: Vec<u32> = (0..12).map(|i| 40 + 7 * i).collect();
-    let story = |rules: &[&str]| {
-        let model = tandem::model::describe(&file).unwrap();
-        let plan = plan(&model, &machine, rules, 256, 256, true);
-        let engine = Engine::load(model, plan, &options(), &file, &|_| {}).unwrap();
-        greedy(&engine, &prompt, 200)
-    };
-    let (cpu, margins) = story(&["embed=cpu", "blk.*=cpu", "head=cpu"]);
+    let quantised = tandem::model::describe(&file).unwrap();
+    let (trained, weights) = in_type(&quantised, &file, TensorType::BF16);
     let mut rng = Rng::new(7);
-    for i in 0..50 {
-        let mut rules = Vec::new();
-        for layer in 0..16 {
-            match rng.below(4) {
-                0 => rules.push(format!("blk.{layer}.ffn=cuda0:{}%", 25 * (1 + rng.below(3)))),
-                1 => rules.push(format!("blk.{layer}.ffn=cpu")),
-                2 => rules.push(format!("blk.{layer}=cpu")),
-                _ => {}
+    let models = [(&trained, &weights as &dyn TensorSource, 50, true), (&quantised, &file, 10, false)];
+    for (model, source, n_placements, is_strict) in models {
+        let (cpu, margins) = greedy(&load(model, source, &machine, CPU, 256), &prompt, 200);
+        for i in 0..=n_placements {
+            let rules = if i > 0 { random_rules(&mut rng) } else { Vec::new() };
+            let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
+            let (shared, _) = greedy(&load(model, source, &machine, &rules, 256), &prompt, 200);
+            if is_strict {
+                assert_eq!(shared, cpu, "run {i} {rules:?}");
+            } else {
+                same_text(&cpu, &margins, &shared, prompt.len(), &format!("run {i} {rules:?}"));
             }
         }
-        rules.extend(["embed=cpu", "head=cpu"].iter().filter(|_| rng.below(3) == 0).map(|r| r.to_string()));
-        let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
-        let (shared, _) = story(&rules);
-        same_text(&cpu, &margins, &shared, prompt.len(), &format!("run {i} {rules:?}"));
     }
 }
 

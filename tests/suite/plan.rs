@@ -248,6 +248,9 @@ fn saved_plans_are_checked() {
     assert!(saved.check(&shapes::model(&shapes::QWEN35_9B, Mix::Q4KM)).unwrap_err().contains("the shares end at 9216"));
     let other = shapes::model(&shapes::QWEN35_4B, Mix::All(TensorType::Q8_0));
     assert!(saved.check(&other).unwrap_err().contains("not those of this model"));
+    let mut small = saved.clone();
+    small.limits.iter_mut().for_each(|limit| limit.bytes = limit.bytes.min(GIB));
+    assert!(small.check(&model).unwrap_err().contains("the plan's limit is 1073741824"));
     let mut cut = saved.clone();
     cut.places.pop();
     assert!(cut.check(&model).unwrap_err().contains("another model"));
@@ -263,6 +266,7 @@ fn shipped_facts_parse() {
         let facts = known(&format!("{card}+{}", hosts[0]));
         assert!(facts.gpus[0].vram_free < facts.gpus[0].vram_total, "{card}");
         assert!(facts.gpus[0].pageable_gb_per_s < facts.gpus[0].pinned_gb_per_s, "{card}");
+        assert_eq!(facts.check(), Ok(()), "{card}");
     }
     for host in &hosts {
         let facts = known(host);
@@ -271,6 +275,41 @@ fn shipped_facts_parse() {
     }
     assert!(machine::known("rtx9999+ddr4-16gb").unwrap_err().contains("`rtx9999` is no shipped part"));
     assert!(machine::known("rtx3090").unwrap_err().contains("names no host"));
+}
+
+/// Facts that somebody wrote down wrongly are refused, not divided by.
+#[test]
+fn wrong_facts_are_refused() {
+    let wrong = |change: &dyn Fn(&mut Machine)| {
+        let mut facts = known("rtx3090+ddr4-64gb");
+        assert_eq!(facts.check(), Ok(()));
+        change(&mut facts);
+        facts.check().unwrap_err()
+    };
+    assert!(wrong(&|m| m.host.read.clear()).contains("not be empty"));
+    assert!(wrong(&|m| m.host.read[0].threads = 0).contains("at least 1"));
+    assert!(wrong(&|m| m.host.read[0].threads = 1000).contains("ascend"));
+    assert!(wrong(&|m| m.host.read[1].gb_per_s = 0.0).contains("larger than 0"));
+    assert!(wrong(&|m| m.gpus[0].pinned_gb_per_s = -1.0).contains("larger than 0"));
+    assert!(wrong(&|m| m.gpus[0].launch_us = -1.0).contains("not negative"));
+    assert!(wrong(&|m| m.host.ram_available = u64::MAX).contains("less than"));
+}
+
+/// Weights are streamed to the tensor cores, which no batch of less than 16 tokens uses, however slow the CPU is.
+#[test]
+fn short_prompts_are_not_predicted_as_streamed() {
+    let mut facts = known("h200+server-16c-128gb");
+    facts.host.read.iter_mut().for_each(|rate| rate.gb_per_s = 1.0);
+    let model = shapes::model(&shapes::QWEN35_27B, Mix::Q4KM);
+    let plan = |prompt| {
+        let workload = Workload { prompt, generate: 8 };
+        make(&model, &facts, &Wishes { workload, vram: vec![12 * GIB], ..Wishes::default() })
+    };
+    assert!(!plan(15).prediction.prompt_streams);
+    let streaming = plan(512);
+    assert_eq!(streaming.stream_from, Some(16));
+    let seconds = |n: usize| n as f64 / streaming.rates_at(&model, &facts, n).unwrap().1;
+    assert!(seconds(15) > seconds(16), "{} and {}", seconds(15), seconds(16));
 }
 
 fn any_shape() -> impl Strategy<Value = Shape> {

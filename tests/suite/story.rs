@@ -4,6 +4,56 @@ use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;
 use tandem::plan::{Device, Workload};
 use tandem::text::{ChatTemplate, Message, RenderOptions, Tokenizer, Vocabulary};
+use tandem_spec::{Model, Tensor, TensorSource, TensorType, Weight};
+
+/// The bundled model.
+pub fn story() -> File {
+    File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap()
+}
+
+/// Weights of a model in another type.
+#[derive(Default)]
+pub struct Weights(Vec<Vec<u8>>);
+
+impl TensorSource for Weights {
+    fn bytes(&self, tensor: usize) -> &[u8] {
+        &self.0[tensor]
+    }
+}
+
+/// The bytes of `values` in `ty`: F32, BF16, or Q8_0 for rows of whole blocks.
+fn encode(values: &[f32], ty: TensorType) -> Vec<u8> {
+    match ty {
+        TensorType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        TensorType::BF16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
+        TensorType::Q8_0 => values
+            .chunks(32)
+            .flat_map(|block| {
+                let scale = half::f16::from_f32(block.iter().fold(0f32, |max, x| max.max(x.abs())) / 127.0);
+                let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+                let codes = block.iter().map(move |x| (x * inverse).round() as i8 as u8);
+                scale.to_le_bytes().into_iter().chain(codes)
+            })
+            .collect(),
+        _ => unreachable!("a type of these tests"),
+    }
+}
+
+/// The same model with its quantised weights in `ty`, and those that are floats in f32.
+pub fn in_type(model: &Model, source: &dyn TensorSource, ty: TensorType) -> (Model, Weights) {
+    let mut weights = Weights::default();
+    let mut blocks = Vec::new();
+    for block in &model.blocks {
+        let block = block.try_map(&mut |w: &Weight| {
+            let ty = if w.ty.is_quantised() { ty } else { TensorType::F32 };
+            let tensor = Tensor { name: w.name.clone(), ty, ne: vec![w.n_cols, w.n_rows()] };
+            weights.0.push(encode(&w.decode(source), ty));
+            Ok::<_, std::convert::Infallible>(Weight::whole(weights.0.len() - 1, &tensor))
+        });
+        blocks.push(block.unwrap());
+    }
+    (Model { blocks, mtp: None, ..model.clone() }, weights)
+}
 
 fn engine(file: &File) -> Engine {
     let model = tandem::model::describe(file).unwrap();
@@ -31,16 +81,21 @@ pub fn greedy(session: &mut Session, tokenizer: &Tokenizer, prefix: &mut Vec<u32
     }
 }
 
+/// The tokens of a chat that begins with `question`.
+pub fn asked(file: &File, tokenizer: &Tokenizer, question: &str) -> Vec<u32> {
+    let template = ChatTemplate::from_metadata(file.metadata(), tokenizer).unwrap().expect("it has a template");
+    let rendered = template.render(&[Message::new("user", question)], &RenderOptions::default());
+    tokenizer.encode_prompt(&rendered.unwrap(), true)
+}
+
 /// The tokens of the owl's story as a chat.
 pub fn owl(file: &File, tokenizer: &Tokenizer) -> Vec<u32> {
-    let template = ChatTemplate::from_metadata(file.metadata(), tokenizer).unwrap().expect("it has a template");
-    let messages = [Message::new("user", "Tell me a story about an owl named Ravi.")];
-    tokenizer.encode_prompt(&template.render(&messages, &RenderOptions::default()).unwrap(), true)
+    asked(file, tokenizer, "Tell me a story about an owl named Ravi.")
 }
 
 #[test]
 fn a_second_turn_knows_the_first() {
-    let file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap();
+    let file = story();
     second_turn_knows_the_first(&file, &engine(&file));
 }
 

@@ -2,7 +2,7 @@
 //! any chunks, and a chat's next turn. Skipped, with the reason, where there is no GPU.
 
 use super::gpu::gpu;
-use super::story::{owl, second_turn_knows_the_first};
+use super::story::{in_type, owl, second_turn_knows_the_first, story};
 use std::sync::Arc;
 use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;
@@ -10,55 +10,7 @@ use tandem::plan::Workload;
 use tandem::text::{Sampler, SamplerOptions, Tokenizer, Vocabulary};
 use tandem_cuda::{Backend, Device, Feed, Options, Products};
 use tandem_spec::testing::{Rng, relative_rms};
-use tandem_spec::{Batch, KvDtype, Model, Tensor, TensorSource, TensorType, Weight};
-
-fn story() -> File {
-    File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/story-q4_k_m.gguf")).unwrap()
-}
-
-/// Weights of a model in another type.
-#[derive(Default)]
-struct Weights(Vec<Vec<u8>>);
-
-impl TensorSource for Weights {
-    fn bytes(&self, tensor: usize) -> &[u8] {
-        &self.0[tensor]
-    }
-}
-
-/// The bytes of `values` in `ty`: F32, BF16, or Q8_0 for rows of whole blocks.
-fn encode(values: &[f32], ty: TensorType) -> Vec<u8> {
-    match ty {
-        TensorType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        TensorType::BF16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
-        TensorType::Q8_0 => values
-            .chunks(32)
-            .flat_map(|block| {
-                let scale = half::f16::from_f32(block.iter().fold(0f32, |max, x| max.max(x.abs())) / 127.0);
-                let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
-                let codes = block.iter().map(move |x| (x * inverse).round() as i8 as u8);
-                scale.to_le_bytes().into_iter().chain(codes)
-            })
-            .collect(),
-        _ => unreachable!("a type of these tests"),
-    }
-}
-
-/// The same model with its quantised weights in `ty`, and those that are floats in f32.
-fn in_type(model: &Model, source: &dyn TensorSource, ty: TensorType) -> (Model, Weights) {
-    let mut weights = Weights::default();
-    let mut blocks = Vec::new();
-    for block in &model.blocks {
-        let block = block.try_map(&mut |w: &Weight| {
-            let ty = if w.ty.is_quantised() { ty } else { TensorType::F32 };
-            let tensor = Tensor { name: w.name.clone(), ty, ne: vec![w.n_cols, w.n_rows()] };
-            weights.0.push(encode(&w.decode(source), ty));
-            Ok::<_, std::convert::Infallible>(Weight::whole(weights.0.len() - 1, &tensor))
-        });
-        blocks.push(block.unwrap());
-    }
-    (Model { blocks, mtp: None, ..model.clone() }, weights)
-}
+use tandem_spec::{Batch, KvDtype, Model, TensorSource, TensorType};
 
 /// The model on the CPU, all of it, in f32 but for what its weights ask for.
 struct OnCpu {

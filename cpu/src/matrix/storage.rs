@@ -5,6 +5,7 @@
 use crate::Error;
 use memmap2::{MmapMut, MmapRaw};
 use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes that are mapped at a time; untouched ones take no memory.
@@ -13,12 +14,21 @@ const MAPPING_BYTES: usize = 256 << 20;
 /// Cache lines, and what AVX-512 loads at once.
 pub(super) const ALIGN: usize = 64;
 
-/// The mapping that allocations are cut from at present, and how much of it is given away.
-static CURRENT: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
+/// At least a page of any system.
+const PAGE_BYTES: usize = 64 << 10;
+
+/// A mapping, and how many bytes of it are given away; changes only while it is the current one.
+struct Mapping {
+    memory: MmapRaw,
+    used: AtomicUsize,
+}
+
+/// The mapping that allocations are cut from at present.
+static CURRENT: Mutex<Option<Arc<Mapping>>> = Mutex::new(None);
 
 /// Bytes of its own in a shared mapping, beginning at a cache line.
 pub(crate) struct Storage {
-    mapping: Arc<MmapRaw>,
+    mapping: Arc<Mapping>,
     start: usize,
     len: usize,
 }
@@ -27,21 +37,26 @@ impl Storage {
     /// `len` zeros, or an error where the system has no memory to map.
     pub fn zeroed(len: usize) -> Result<Self, Error> {
         let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mapping, start) = match current.take() {
-            Some((mapping, used)) if used + len <= mapping.len() => (mapping, used),
-            _ => (Arc::new(map(len.max(MAPPING_BYTES))?), 0),
+        let room = |m: &Arc<Mapping>| m.memory.len().saturating_sub(m.used.load(Ordering::Relaxed));
+        let mapping = match current.take().filter(|m| len <= room(m)) {
+            Some(mapping) => mapping,
+            None => Arc::new(Mapping { memory: map(len.max(MAPPING_BYTES))?, used: AtomicUsize::new(0) }),
         };
-        let used = start + len.next_multiple_of(ALIGN);
-        if used < mapping.len() {
-            *current = Some((mapping.clone(), used));
-        }
+        let start = mapping.used.fetch_add(len.next_multiple_of(ALIGN), Ordering::Relaxed);
+        *current = Some(mapping.clone()).filter(|m| room(m) > 0);
         Ok(Self { mapping, start, len })
     }
 
-    /// Addresses of the whole mapping.
+    /// Ends the current mapping: what is allocated later shares none with what was allocated before.
+    pub fn end_mapping() {
+        *CURRENT.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Addresses of the pages of the whole mapping that are in use; final once the mapping has ended.
     pub fn mapping(&self) -> Range<usize> {
-        let first = self.mapping.as_ptr() as usize;
-        first..first + self.mapping.len()
+        let memory = &self.mapping.memory;
+        let (first, used) = (memory.as_ptr() as usize, self.mapping.used.load(Ordering::Relaxed));
+        first..first + used.next_multiple_of(PAGE_BYTES).min(memory.len())
     }
 }
 
@@ -57,13 +72,13 @@ impl Deref for Storage {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         // SAFETY: the range lies within the mapping, and was given to this storage alone.
-        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts(self.mapping.memory.as_ptr().add(self.start), self.len) }
     }
 }
 
 impl DerefMut for Storage {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_mut_ptr().add(self.start), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.memory.as_mut_ptr().add(self.start), self.len) }
     }
 }

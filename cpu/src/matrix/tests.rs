@@ -225,3 +225,16 @@ fn refuses_weights_without_memory() {
     assert!(matches!(Storage::zeroed(bytes), Err(Error::WeightMemory { bytes: asked }) if asked == bytes));
     assert_eq!(Storage::zeroed(3).expect("three bytes")[..], [0; 3]);
 }
+
+/// What is pinned of a mapping is what is in use of it, in whole pages, and stays that when the mapping has ended.
+#[test]
+fn mappings_tell_what_is_in_use() {
+    let storage = Storage::zeroed(100_000).expect("some bytes");
+    Storage::end_mapping();
+    let (in_use, bytes) = (storage.mapping(), storage.as_ptr_range());
+    assert!(in_use.start <= bytes.start as usize && bytes.end as usize <= in_use.end);
+    assert!(in_use.len() < 256 << 20 && in_use.len().is_multiple_of(4096), "{in_use:?}");
+    let other = Storage::zeroed(100_000).expect("some bytes");
+    assert_ne!(other.mapping().start, in_use.start);
+    assert_eq!(storage.mapping(), in_use);
+}
