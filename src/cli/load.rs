@@ -84,8 +84,16 @@ pub struct Loaded {
 /// # Errors
 /// A model that does not fit, or weights that cannot be loaded.
 pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow::Result<Loaded> {
-    let mut options = DeviceOptions {
-        isa: args.cpu_isa.unwrap_or_else(Isa::detect),
+    let saved = args.wishes.saved(&opened.model)?;
+    if let Some(plan) = saved.as_ref().filter(|plan| !plan.isa.is_available()) {
+        let (isa, best) = (plan.isa.name(), Isa::detect().name());
+        anyhow::bail!(
+            "the plan is for {isa} kernels, the best that this processor has is {best} (make the plan again here)"
+        );
+    }
+    let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
+    let options = DeviceOptions {
+        isa: saved.as_ref().map(|plan| plan.isa).or(args.cpu_isa).unwrap_or_else(Isa::detect),
         cuda_libs: args.wishes.cuda_libs.clone(),
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };
@@ -97,14 +105,16 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
     if args.measures_now() {
         let (mut types, start) = (Vec::new(), Instant::now());
         opened.model.blocks.iter().for_each(|block| block.for_each(&mut |w| types.push(w.ty)));
-        machine.host.measure_now(args.wishes.threads(machine.host.threads)?, &types);
+        let threads = saved.as_ref().map(|plan| plan.threads).or(wishes.threads);
+        machine.host.measure_now(threads.unwrap_or(machine.host.threads), &types);
         // The peak that the system tells is the model's from here on, where it lets us begin again.
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         tracing::info!("cpu: rates measured in {:.2} s", start.elapsed().as_secs_f64());
     }
-    let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
-    let plan = args.wishes.plan(&opened.model, &machine, &wishes)?;
-    options.isa = plan.isa; // that of a saved plan
+    let plan = match saved {
+        Some(plan) => plan,
+        None => args.wishes.plan(&opened.model, &machine, &wishes)?,
+    };
     if let Some(note) = &machine.gpu_note
         && !args.wishes.leaves_gpu_out()
     {

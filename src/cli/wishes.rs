@@ -126,23 +126,21 @@ impl WishArgs {
     /// # Errors
     /// A plan file of another model; a refusal of the planner, with its numbers.
     pub fn plan(&self, model: &Model, machine: &Machine, wishes: &Wishes) -> Result<Plan> {
-        let Some(path) = &self.plan else {
-            return Ok(plan::plan(model, machine, wishes)?);
-        };
-        let saved: Plan = read_json(path, "plan")?;
-        saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        Ok(saved)
+        match self.saved(model)? {
+            Some(saved) => Ok(saved),
+            None => Ok(plan::plan(model, machine, wishes)?),
+        }
     }
 
-    /// CPU worker threads of the plan, where `default` is what nobody asked for.
+    /// The plan in `--plan FILE`.
     ///
     /// # Errors
-    /// A plan file that cannot be read.
-    pub fn threads(&self, default: usize) -> Result<usize> {
-        match &self.plan {
-            Some(path) => Ok(read_json::<Plan>(path, "plan")?.threads.max(1)),
-            None => Ok(self.threads.map_or(default, |n| n as usize)),
-        }
+    /// A file that cannot be read, or a plan of another model.
+    pub fn saved(&self, model: &Model) -> Result<Option<Plan>> {
+        let Some(path) = &self.plan else { return Ok(None) };
+        let saved: Plan = read_json(path, "plan")?;
+        saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        Ok(Some(saved))
     }
 
     /// Whether the user said what a GPU has to do, so that doing without it would be against their wish.

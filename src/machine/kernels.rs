@@ -36,13 +36,15 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
 /// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; none where there is
 /// too little memory.
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
-    let rates = Blocks::new(&TYPES, threads, isa, bytes).and_then(|mut blocks| {
+    let rates = |types: &[TensorType]| -> Result<Vec<KernelRate>, Error> {
+        let mut blocks = Blocks::new(types, threads, isa, bytes)?;
         let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
-        let rates = TYPES.into_iter().zip(decode.into_iter().zip(prompt));
-        let rate = |(ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
+        let rates = types.iter().zip(decode.into_iter().zip(prompt));
+        let rate = |(&ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
         Ok(rates.map(rate).collect())
-    });
-    rates.unwrap_or_default()
+    };
+    // Where there is no memory for all of them, one after the other.
+    rates(&TYPES).unwrap_or_else(|_| TYPES.iter().filter_map(|ty| rates(&[*ty]).ok()).flatten().collect())
 }
 
 /// GB/s of one token for each of `types`, which are measured ones: [`KernelRate::decode_gb_per_s`].

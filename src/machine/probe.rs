@@ -107,16 +107,18 @@ pub fn here(options: &Options) -> Machine {
     Machine { name: System::host_name().unwrap_or_else(|| "this machine".into()), host, gpus, gpu_note }
 }
 
-/// GB/s that `threads` threads read now, with the loads of `isa`.
-pub fn read_now(threads: usize, isa: Isa) -> f64 {
-    read_rates([threads], bytes_to_read(memory().1), isa)[0].gb_per_s
+/// GB/s that `threads` threads read now, with the loads of `isa`; `None` where there is so little memory that they
+/// would read a cache.
+pub fn read_now(threads: usize, isa: Isa) -> Option<f64> {
+    let bytes = bytes_to_read(memory().1);
+    (bytes >= READ_BYTES / 2).then(|| read_rates([threads], bytes, isa)[0].gb_per_s)
 }
 
 impl Host {
     /// Measures again what changes from minute to minute where a machine is shared: how fast `threads` threads read
     /// main memory, and weights of the measured kinds that stand for `types`. They are [`Host::threads`] from then on.
     pub fn measure_now(&mut self, threads: usize, types: &[TensorType]) {
-        let read = ReadRate { threads, gb_per_s: read_now(threads, self.isa) };
+        let gb_per_s = read_now(threads, self.isa).unwrap_or_else(|| self.read_gb_per_s(threads));
         let stand_for_types: Vec<TensorType> = types.iter().filter_map(|ty| Some(self.kernel(*ty)?.ty)).collect();
         self.kernels.iter_mut().for_each(|k| k.prompt_gflops *= threads as f64 / self.threads as f64);
         let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
@@ -125,7 +127,7 @@ impl Host {
         if let Ok(rates) = kernels::decode(&types, threads, self.isa, bytes_to_read(self.ram_available)) {
             measured.iter_mut().zip(rates).for_each(|(k, rate)| k.decode_gb_per_s = rate);
         }
-        (self.threads, self.read) = (threads, vec![read]);
+        (self.threads, self.read) = (threads, vec![ReadRate { threads, gb_per_s }]);
     }
 }
 

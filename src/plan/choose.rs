@@ -854,7 +854,7 @@ pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Wor
     let any_gpu = levels.iter().any(|level| *level > 0);
     let tables = Tables::new(&problem, plan.sizes());
     let times = tables.timed(&levels, &gpus, any_gpu);
-    let streams = plan.stream_from.is_some_and(|from| tables.batch_tokens >= from);
+    let streams = plan.stream_from.is_some_and(|from| tables.batch_tokens >= from.max(bytes::PROMPT_FROM));
     let prompt = if streams { times.streamed } else { times.in_place };
     Some((times.decode, tables.n_batches * prompt))
 }

@@ -273,7 +273,9 @@ impl Plan {
             let limit = self.limits.iter().find(|l| l.device == device).map_or(0, |l| l.bytes);
             let needed = self.bytes(device, None);
             if needed > limit {
-                return Err(format!("{device} needs {needed} bytes, the plan's limit is {limit}"));
+                return Err(format!(
+                    "{device} needs {needed} bytes, the plan's limit is {limit} (make the plan again, or with less: --ctx, --vram)"
+                ));
             }
         }
         Ok(())
