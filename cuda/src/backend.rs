@@ -361,7 +361,7 @@ impl Backend {
         let streamer = if streamed.shares.is_empty() {
             None
         } else {
-            let streamer = Streamer::new(device, &kernels, blocks, streamed.shares, source, planned)?;
+            let streamer = Streamer::new(device, &kernels, streamed.shares, source, planned)?;
             Some((streamed.from, Mutex::new(streamer)))
         };
         let n_embd = blocks.iter().map(n_embd).max().unwrap_or(0);
@@ -677,8 +677,7 @@ impl Backend {
         let streamer = self.streamer.as_ref().filter(|_| self.streams(n));
         let mut streamer = streamer.map(|(_, streamer)| streamer.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(streamer) = &mut streamer {
-            let experts = self.experts.as_ref().map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
-            streamer.begin(range.clone(), |i| experts.as_ref().map_or(&[][..], |e| e.here(i)))?;
+            streamer.begin(range.clone())?;
         }
         for i in range.clone() {
             self.enter(&mut step, state, i);

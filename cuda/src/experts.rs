@@ -84,8 +84,6 @@ struct Mixture {
     /// Whether its counts were asked for since they were read.
     is_counted: bool,
     table: Ptr,
-    /// Whether an expert is here for the steps that are queued from now on: those with an entry in the table.
-    here: Vec<bool>,
     /// Address of slot 0.
     slots: Ptr,
     slot: ExpertSlot,
@@ -94,9 +92,8 @@ struct Mixture {
 
 /// Slots of the mixtures of a backend that change.
 pub(crate) struct ExpertSlots {
-    /// Entries to set when the copies under way are complete, addresses and values, and whose they are.
+    /// Entries to set when the copies under way are complete: addresses and values.
     arriving: Vec<(u64, u64)>,
-    coming: Vec<Exchange>,
     /// What the stream of the steps has done before copies begin, and the last of them.
     begun: Event,
     arrived: Event,
@@ -140,14 +137,12 @@ impl ExpertSlots {
             let slots = moe.ffn_gate_exps.weight.ptr;
             let (slot, first_count) = (ExpertSlot::new(moe, |w| w.ty), n_counts);
             n_counts += n_experts;
-            let here = (0..n_experts).map(|e| moe.experts.contains(&e)).collect();
-            Mixture { block, n_experts, first_count, is_counted: false, table: *table, here, slots, slot, panels }
+            Mixture { block, n_experts, first_count, is_counted: false, table: *table, slots, slot, panels }
         };
         let count_bytes = blocks.iter().map(|(moe, _)| count_bytes(moe)).sum();
         Ok(Self {
             mixtures: experts.into_iter().zip(blocks).map(mixture).collect(),
             arriving: Vec::new(),
-            coming: Vec::new(),
             begun: Event::new()?,
             arrived: Event::new()?,
             copies: Queue::new(0)?,
@@ -158,11 +153,6 @@ impl ExpertSlots {
             _pins: pins,
             device: device.clone(),
         })
-    }
-
-    /// Which experts of block `block` are here for a batch that is queued now, `[n_experts]`; empty where none change.
-    pub fn here(&self, block: usize) -> &[bool] {
-        self.mixtures.iter().find(|m| m.block == block).map_or(&[], |m| &m.here)
     }
 
     /// Bytes of device memory.
@@ -226,9 +216,6 @@ impl ExpertSlots {
         }
         let arrived = std::mem::take(&mut self.arriving);
         self.set(&arrived)?;
-        for e in std::mem::take(&mut self.coming) {
-            self.mixture(e.block).here[e.new] = true;
-        }
         Ok(true)
     }
 
@@ -256,20 +243,13 @@ impl ExpertSlots {
                 chunks.extend(stream::chunks(&[(panels, slot.offset(part.offset))], kernels)?);
             }
         }
-        for e in exchanges {
-            self.mixture(e.block).here[e.old] = false;
-        }
         self.set(&leaving)?;
         self.begun.record(self.device.stream())?;
         self.begun.hold(self.copies.0)?;
         chunks.iter().try_for_each(|chunk| self.copy(chunk))?;
         self.arrived.record(self.copies.0)?;
-        (self.arriving, self.coming) = (arriving, exchanges.to_vec());
+        self.arriving = arriving;
         Ok(())
-    }
-
-    fn mixture(&mut self, block: usize) -> &mut Mixture {
-        self.mixtures.iter_mut().find(|m| m.block == block).expect("a block whose slots change")
     }
 
     /// Queues a copy of panels, and their way into planes. One stream does both, so the next copy finds the staging

@@ -1180,7 +1180,8 @@ impl Prompt {
             self.gemm_pair(c, (gate, up, down), &s.h, n_rows, m.n_ff, &s.pair, Some(of_pair))?;
             self.gemm(c, down, &s.pair.out, n_rows, s.y, Some(of_down), false)
         };
-        if streamed.is_none() || !b.experts.is_empty() {
+        let all_come = streamed.as_ref().is_some_and(|(parts, _)| parts.are_all());
+        if !all_come && (streamed.is_none() || !b.experts.is_empty()) {
             multiply(b, table, 0..m.n_experts)?;
         }
         let (mut shared_y, mut shared_gate) = (Ptr::NULL, Ptr::NULL);

@@ -290,8 +290,7 @@ pub(crate) struct Part {
 
 struct Unit {
     part: Part,
-    /// With the experts of the model that are in each.
-    chunks: Vec<(std::ops::Range<usize>, Chunk)>,
+    chunks: Vec<Chunk>,
 }
 
 /// A stream and its events, destroyed with it.
@@ -362,24 +361,10 @@ impl Turns {
 struct BlockUnits {
     block: usize,
     units: std::ops::Range<usize>,
-    /// Of a mixture, `[n_experts]` u64: where each streamed expert lies while its unit is there, 0 for others. The
-    /// table that kernels read, and its entries if all that can be streamed are.
-    table: Option<(Range, Vec<u64>)>,
-    /// Experts that the GPU has itself in this batch, `[n_experts]`; empty: the host's are others.
-    here: Vec<bool>,
-}
-
-impl BlockUnits {
-    /// The entries of the table for this batch.
-    fn entries(&self) -> Vec<u64> {
-        let all = self.table.iter().flat_map(|(_, all)| all).enumerate();
-        all.map(|(e, at)| if self.here.get(e) == Some(&true) { 0 } else { *at }).collect()
-    }
-
-    /// Whether the GPU has all of `experts` itself.
-    fn has(&self, experts: &std::ops::Range<usize>) -> bool {
-        self.here.get(experts.clone()).is_some_and(|here| here.iter().all(|is_here| *is_here))
-    }
+    /// Of a mixture, `[n_experts]` u64: where each streamed expert lies while its unit is there.
+    table: Option<Ptr>,
+    /// Whether the host has the whole block.
+    are_all: bool,
 }
 
 /// Streams the units of a backend's blocks, in order.
@@ -407,15 +392,14 @@ pub(crate) struct Streamer {
 unsafe impl Send for Streamer {}
 
 impl Streamer {
-    /// Memory, streams and copies for `shares` of the blocks of which the GPU has `own`; their small weights are read
-    /// from `source`. Programs ([`programs`]) must be prepared. `planned` is for an out-of-memory message.
+    /// Memory, streams and copies for `shares`, whose small weights are read from `source`. Programs ([`programs`])
+    /// must be prepared. `planned` is for an out-of-memory message.
     ///
     /// # Errors
     /// A panel that is too large, no memory, or what the driver says.
     pub fn new(
         device: &Arc<Device>,
         kernels: &Kernels,
-        own: &[Block<Weight>],
         shares: Vec<HostShare>,
         source: &dyn TensorSource,
         planned: usize,
@@ -428,7 +412,6 @@ impl Streamer {
         }
         let (mut units, mut of_blocks) = (Vec::new(), Vec::<BlockUnits>::new());
         let first_expert = |share: usize| if let Block::Moe(b) = &blocks[share] { b.experts.start } else { 0 };
-        let mut tables: Vec<Option<(Range, Vec<u64>)>> = vec![None; blocks.len()];
         for (i, range) in layout.tables.iter().enumerate() {
             let (Some(range), Block::Moe(b)) = (range, &blocks[i]) else { continue };
             let mut table = vec![0u64; b.shape.n_experts];
@@ -439,7 +422,6 @@ impl Streamer {
                 }
             }
             arena.write(*range, &table)?;
-            tables[i] = Some((*range, table));
         }
         for (number, unit) in layout.units.iter().enumerate() {
             let share = &shares[unit.share];
@@ -462,23 +444,13 @@ impl Streamer {
             });
             let first = first_expert(unit.share);
             let experts = first + unit.experts.start..first + unit.experts.end;
-            // Experts that the GPU has too, in each batch others, are not copied: then each has chunks of its own.
-            let overlaps = matches!((&own[share.block], &share.share), (Block::Moe(own), Block::Moe(b))
-                if own.experts.start < b.experts.end && b.experts.start < own.experts.end);
-            let n_together = if overlaps { 1 } else { n };
-            let mut of_experts = Vec::new();
-            for nth in (0..n).step_by(n_together) {
-                let together = nth..nth + n_together;
-                let of: Vec<_> = (0..3).flat_map(|m| &matrices[m * n..][together.clone()]).copied().collect();
-                let experts = experts.start + together.start..experts.start + together.end;
-                of_experts.extend(chunks(&of, kernels)?.into_iter().map(|chunk| (experts.clone(), chunk)));
-            }
-            units.push(Unit { part: Part { block, experts }, chunks: of_experts });
+            units.push(Unit { part: Part { block, experts }, chunks: chunks(&matrices, kernels)? });
             match of_blocks.last_mut() {
                 Some(of) if of.block == share.block => of.units.end = number + 1,
                 _ => {
-                    let (units, table) = (number..number + 1, tables[unit.share].take());
-                    of_blocks.push(BlockUnits { block: share.block, units, table, here: Vec::new() });
+                    let table = layout.tables[unit.share].map(|range| arena.ptr(range));
+                    let are_all = matches!(&share.share, Block::Moe(b) if b.experts.len() == b.shape.n_experts);
+                    of_blocks.push(BlockUnits { block: share.block, units: number..number + 1, table, are_all });
                 }
             }
         }
@@ -521,24 +493,11 @@ impl Streamer {
         self.unpinned_bytes
     }
 
-    /// Prepares a batch through the blocks `blocks`: the first units begin to arrive. `here` says of a block which of
-    /// its experts the GPU has itself for the batch, as in [`BlockUnits::here`]: they are not copied.
+    /// Prepares a batch through the blocks `blocks`: the first units begin to arrive.
     ///
     /// # Errors
     /// What the driver says.
-    pub fn begin<'h>(
-        &mut self,
-        blocks: std::ops::Range<usize>,
-        here: impl Fn(usize) -> &'h [bool],
-    ) -> Result<(), Error> {
-        for of in self.blocks.iter_mut().filter(|of| blocks.contains(&of.block)) {
-            let here = here(of.block);
-            if let Some((range, _)) = of.table.as_ref().filter(|_| of.here != here) {
-                let range = *range;
-                of.here = here.to_vec();
-                self.arena.write(range, &of.entries())?;
-            }
-        }
+    pub fn begin(&mut self, blocks: std::ops::Range<usize>) -> Result<(), Error> {
         // A batch that failed may have left slots in use.
         self.slots.iter().try_for_each(|slot| slot.free.record(self.device.stream()))?;
         let units =
@@ -550,9 +509,8 @@ impl Streamer {
     /// The units of block `block`, one after the other.
     pub fn parts(&mut self, block: usize) -> Parts<'_> {
         let of = self.blocks.iter().find(|of| of.block == block);
-        let units = of.map_or(0..0, |of| of.units.clone());
-        let table = of.and_then(|of| of.table.as_ref()).map(|(range, _)| self.arena.ptr(*range));
-        Parts { streamer: self, units, table, is_open: false }
+        let (units, table, are_all) = of.map_or((0..0, None, false), |of| (of.units.clone(), of.table, of.are_all));
+        Parts { streamer: self, units, table, are_all, is_open: false }
     }
 
     /// Queues the copies of the next unit that this batch needs.
@@ -561,10 +519,9 @@ impl Streamer {
             return Ok(());
         }
         let (unit, slot) = (&self.units[self.next], &self.slots[self.next % N_SLOTS]);
-        let of = self.blocks.iter().find(|of| of.units.contains(&self.next)).expect("every unit is of a block");
         self.next += 1;
         slot.free.hold(self.sorts.0)?;
-        for (_, chunk) in unit.chunks.iter().filter(|(experts, _)| !of.has(experts)) {
+        for chunk in &unit.chunks {
             let (ptr, turns) = &self.chunks[self.next_chunk];
             self.next_chunk = (self.next_chunk + 1) % N_CHUNKS;
             turns.free.hold(self.copies.0)?;
@@ -602,6 +559,7 @@ pub(crate) struct Parts<'s> {
     streamer: &'s mut Streamer,
     units: std::ops::Range<usize>,
     table: Option<Ptr>,
+    are_all: bool,
     is_open: bool,
 }
 
@@ -610,6 +568,11 @@ impl Parts<'_> {
     /// returned, 0 for those that are not streamed.
     pub fn table(&self) -> Option<Ptr> {
         self.table
+    }
+
+    /// Whether these are all experts of the mixture: those that the GPU has as well are not needed.
+    pub fn are_all(&self) -> bool {
+        self.are_all
     }
 
     /// Gives the last part's place back and returns the next part: what is queued on the device's stream from here on
@@ -710,19 +673,6 @@ pub(crate) fn chunks(matrices: &[(&Panels, Ptr)], kernels: &Kernels) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Experts that the GPU has itself have no entry and are not copied; without knowledge of them all come.
-    #[test]
-    fn experts_that_are_here_do_not_come() {
-        let range = Range { offset: 0, bytes: 32 };
-        let mut of = BlockUnits { block: 0, units: 0..1, table: Some((range, vec![7, 8, 9, 10])), here: Vec::new() };
-        assert_eq!(of.entries(), [7, 8, 9, 10]);
-        assert!(!of.has(&(0..1)));
-        of.here = vec![true, false, true, true];
-        assert_eq!(of.entries(), [0, 8, 0, 0]);
-        assert!(of.has(&(0..1)) && !of.has(&(1..2)) && !of.has(&(0..2)) && of.has(&(2..4)));
-    }
-
     use tandem_spec::testing::Maker;
     use tandem_spec::{FfnShape, MoeShape};
 

@@ -5,7 +5,6 @@ use crate::gpu::gpu;
 use memmap2::MmapMut;
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_cuda::experts::{Exchange, HostExperts};
 use tandem_cuda::{Backend, HostShare, Options, StreamLayout, Streamed};
 use tandem_spec::tensor_type::TYPES;
 use tandem_spec::testing::{Buffers, Maker, Rng, relative_rms_of_rows};
@@ -226,38 +225,4 @@ fn streamed_mixtures_agree_with_resident_ones() {
     let shape = MoeShape { n_embd: 1024, n_experts: 96, n_used: 4, n_ff: 512, n_ff_shared: 0, rms_eps: 1e-6 };
     check(TensorType::Q8_0, shape, &[301], &[[0, 5, 95, 12]]);
     assert!(failed.is_empty(), "{failed:#?}");
-}
-
-/// Where the host has all experts and the GPU some of them too, in each batch others, the sum is exactly that of
-/// resident ones: before experts change their places, while they are on their way, and after.
-#[test]
-fn experts_that_come_and_go_are_streamed_or_used_in_place() {
-    const N_TOKENS: usize = 301;
-    let Some(gpu) = gpu() else { return };
-    let shape = MoeShape { n_embd: 1024, n_experts: 96, n_used: 4, n_ff: 512, n_ff_shared: 64, rms_eps: 1e-6 };
-    let mut maker = Maker::new(9, &[TensorType::Q8_0]);
-    let whole: Vec<_> = (0..4).map(|i| Block::Moe(maker.moe(i, &shape))).collect();
-    let split = Split { whole, n_embd: shape.n_embd, source: maker.source };
-    let resident = split.run(&gpu, None, N_TOKENS);
-    let held = [0..40, 0..1, 0..95, 0..60];
-    let blocks: Vec<_> = split.whole.iter().zip(held).map(|(block, held)| block.share(held, true)).collect();
-    let all = |i: usize| host_share(i, split.whole[i].share(0..shape.n_experts, false), &split.source, 16);
-    let shares: Vec<_> = (0..4).map(all).collect();
-    let experts = shares.iter().map(|s| HostExperts { block: s.block, panels: s.panels.clone() }).collect();
-    let options = Options { n_slots: 1, n_ctx: N_TOKENS, n_batch: N_TOKENS, kv: KvDtype::F32 };
-    let streamed = Streamed { from: 1, shares };
-    let backend = Backend::load_streaming(&gpu.0, gpu.1(), &blocks, streamed, &split.source, &options, &mut |_, _| {})
-        .and_then(|backend| backend.with_prompt_from(1).with_expert_cache(experts))
-        .unwrap_or_else(|e| panic!("{e}"));
-    let mut state = backend.state().unwrap();
-    let batch = Batch::single(0, 0, &[0; N_TOKENS], false);
-    for round in 0..6 {
-        let mut x = split.input(N_TOKENS);
-        backend.run(&mut state, 0..blocks.len(), &batch, &mut x, &mut []).unwrap_or_else(|e| panic!("{e}"));
-        let differ = x.iter().zip(&resident).filter(|(a, b)| a != b).count();
-        assert_eq!(differ, 0, "round {round}");
-        let exchange = |block, slot, new| Exchange { block, slot, old: slot, new };
-        let exchanges = || vec![exchange(0, round, 50 + round), exchange(3, 10 * round, 90 + round)];
-        backend.exchange_experts(exchanges).unwrap();
-    }
 }

@@ -448,15 +448,12 @@ impl<'a> Tables<'a> {
                 for (nth, share) in place.iter().enumerate() {
                     let entries = bytes::share_entries(model, index, &place, nth, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
+                    let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
                     let (rates, side) = match share.device {
                         Device::Cpu => {
                             cell.cpu_bytes = bytes;
                             if streamed.is_some() {
-                                // Of experts that follow the routing, main memory has those that the GPU has too.
-                                let sizes = Sizes { expert_cache: false, ..self.sizes };
-                                let missing = bytes::share_entries(model, index, &place, nth, &sizes);
-                                let weights = bytes::total(&missing, Device::Cpu, Some(bytes::Pool::Weights));
-                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights as f64);
+                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights.sum::<u64>() as f64);
                             }
                             (cpu, 1)
                         }
