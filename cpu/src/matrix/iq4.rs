@@ -30,6 +30,7 @@ pub(super) struct Mxfp4;
 impl Quant for Iq4Nl {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = Some(0);
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
@@ -42,6 +43,7 @@ impl Quant for Iq4Nl {
 impl Quant for Iq4Xs {
     const BLOCK_BYTES: usize = 136;
     const TILES: usize = 8;
+    const ZERO: Option<u8> = Some(0);
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]
@@ -61,6 +63,7 @@ impl Quant for Iq4Xs {
 impl Quant for Mxfp4 {
     const BLOCK_BYTES: usize = 17;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = Some(12);
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use super::{
     simd::{avx2::Avx2, avx512::Avx512},
 };
 use crate::Isa;
-use crate::activations::{Activations, BLOCK_LEN, Block, Codes, SUPER_BLOCK_LEN, SuperBlock};
+use crate::activations::{Activations, BLOCK_LEN, Block, BlockCodes, Codes, SUPER_BLOCK_LEN, SuperBlock};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use tandem_spec::TensorType;
@@ -46,8 +46,8 @@ impl<S: Simd> Decoded<S> {
 /// [`Decoded`] columns, prepared for many products.
 pub(super) trait Tile<S: Simd> {
     unsafe fn new(decoded: Decoded<S>) -> Self;
-    /// Adds `self . x[t]` for each row of the panel to `acc[t]`; `x` `[T]`.
-    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]);
+    /// Adds `self . x[t]` for each row of the panel to `acc[t]`; `x` and its `codes` `[T]`.
+    unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]);
 }
 
 /// Unsigned codes of at most `BITS` <= 6 bits.
@@ -59,10 +59,10 @@ impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
         Self(decoded)
     }
     #[inline(always)]
-    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]) {
+    unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
         // SAFETY: the caller has the instruction set and valid blocks.
         unsafe {
-            let dots = S::dot(BITS, &self.0.w, consecutive::<_, T>(x));
+            let dots = S::dot(BITS, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()));
             for t in 0..T {
                 let x = x.add(t);
                 let sum = S::fma(self.0.offset, S::splat((*x).sum), acc[t]);
@@ -85,10 +85,11 @@ impl<S: Simd> Tile<S> for Signed<S> {
         unsafe { Self { w: S::signed(&decoded.w), scale: decoded.scale } }
     }
     #[inline(always)]
-    unsafe fn apply<const T: usize>(&self, x: *const Block, acc: &mut [S::F; T]) {
+    unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
         // SAFETY: the caller has the instruction set and valid blocks.
         unsafe {
-            let dots = S::dot_signed(&self.w, consecutive::<_, T>(x));
+            let code_sums = consecutive::<_, T>(x).map(|x| (*x).code_sum);
+            let dots = S::dot_signed(&self.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums);
             for t in 0..T {
                 acc[t] = S::fma(dots[t], S::mul(self.scale, S::splat((*x.add(t)).scale)), acc[t]);
             }
@@ -102,6 +103,8 @@ pub(super) trait Quant {
     const BLOCK_BYTES: usize;
     /// Tiles of a block: its columns / 32.
     const TILES: usize;
+    /// The code of weight 0 where that is the same in all blocks: offsets are `-ZERO * scale`.
+    const ZERO: Option<u8>;
     /// Columns prepared for products.
     type Tile<S: Simd>: Tile<S>;
 
@@ -186,7 +189,7 @@ macro_rules! in_groups {
 
 /// Asks for the lines that lie some way behind the `n` bytes of a tile at `p`, each once.
 #[inline(always)]
-unsafe fn prefetch<S: Simd>(p: *const u8, n: usize) {
+pub(super) unsafe fn prefetch<S: Simd>(p: *const u8, n: usize) {
     let first = (p as usize + PREFETCH).next_multiple_of(64) - p as usize;
     for at in (first..PREFETCH + n).step_by(64) {
         // SAFETY: the address need not be valid.
@@ -201,24 +204,25 @@ const PREFETCH: usize = 3072;
 #[inline(always)]
 unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / (Q::TILES * BLOCK_LEN);
-    let (block_bytes, n_tokens, x) = (Q::BLOCK_BYTES * S::LANES, x.n_rows(), x.blocks());
+    let (block_bytes, n_tokens) = (Q::BLOCK_BYTES * S::LANES, x.n_rows());
+    let (x, codes) = (x.blocks(), x.block_codes());
     let tile_bytes = block_bytes / Q::TILES;
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
             let blocks = m.data[panel * n_blocks * block_bytes..][..n_blocks * block_bytes].chunks_exact(block_bytes);
-            // SAFETY: each of `blocks` is a slice of all the bytes that `Q` reads; `x` walks the blocks
+            // SAFETY: each of `blocks` is a slice of all the bytes that `Q` reads; `x` and `codes` walk the blocks
             // `[n_cols / 32, n_tokens]` of the activations, whose columns `mul` compared with the matrix's; the
             // caller has the instruction set.
             unsafe {
-                let mut x = x.add(first);
+                let (mut x, mut codes) = (x.add(first), codes.add(first));
                 if n == 1 {
                     let mut acc = [S::zero()];
                     for block in blocks {
                         for k in 0..Q::TILES {
                             prefetch::<S>(block.as_ptr().wrapping_add(k * tile_bytes), tile_bytes);
-                            Q::Tile::<S>::new(Q::tile(block.as_ptr(), k)).apply(x, &mut acc);
-                            x = x.add(n_tokens);
+                            Q::Tile::<S>::new(Q::tile(block.as_ptr(), k)).apply(x, codes, &mut acc);
+                            (x, codes) = (x.add(n_tokens), codes.add(n_tokens));
                         }
                     }
                     store::<S>(out, first, panel, m.n_rows, acc[0]);
@@ -228,8 +232,8 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                         for k in 0..Q::TILES {
                             prefetch::<S>(block.as_ptr().wrapping_add(k * tile_bytes), tile_bytes);
                             let tile = Q::Tile::<S>::new(Q::tile(block.as_ptr(), k));
-                            in_groups!(S, acc[..n], |T, t, acc| tile.apply::<T>(x.add(t), acc));
-                            x = x.add(n_tokens);
+                            in_groups!(S, acc[..n], |T, t, acc| tile.apply::<T>(x.add(t), codes.add(t), acc));
+                            (x, codes) = (x.add(n_tokens), codes.add(n_tokens));
                         }
                     }
                     for (t, acc) in acc[..n].iter().enumerate() {
@@ -495,7 +499,7 @@ macro_rules! family {
     };
 }
 
-family!(quant, Quant, mul_quant, mul_quant::<Avx512, Q>);
+family!(quant, Quant, mul_quant, amx::mul_quant::<Q>);
 family!(super_quant, SuperQuant, mul_super, amx::mul_super::<Q>);
 family!(float, Float, mul_float, mul_float::<Avx512, Q>);
 

@@ -42,6 +42,7 @@ pub(super) struct Q5_1;
 impl Quant for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = Some(8);
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
@@ -57,6 +58,7 @@ impl Quant for Q4_0 {
 impl Quant for Q4_1 {
     const BLOCK_BYTES: usize = 20;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = None;
     type Tile<S: Simd> = Affine<S, 4>;
 
     #[inline(always)]
@@ -75,6 +77,7 @@ impl Quant for Q4_1 {
 impl Quant for Q5_0 {
     const BLOCK_BYTES: usize = 22;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = Some(16);
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
@@ -94,6 +97,7 @@ impl Quant for Q5_0 {
 impl Quant for Q5_1 {
     const BLOCK_BYTES: usize = 24;
     const TILES: usize = 1;
+    const ZERO: Option<u8> = None;
     type Tile<S: Simd> = Affine<S, 5>;
 
     #[inline(always)]
