@@ -6,7 +6,7 @@
 //! columns, and no scale is applied between. Types with a scale for every 32 columns have one product for each 32, and
 //! twice the time of a product goes to scaling it.
 
-use super::kernel::{Decoded, Quant, Scales, SuperQuant, finish, pairs, prefetch, store};
+use super::kernel::{Decoded, Quant, Scales, SuperQuant, finish, pairs, store};
 use super::simd::avx512::Avx512;
 use super::{Matrix, OutRows};
 use crate::activations::{Activations, BLOCK_LEN, Block, BlockCodes, CODES_LEN, Codes, SUPER_BLOCK_LEN};
@@ -234,10 +234,7 @@ unsafe fn multiply_32(w: &[__m512i; 8], x: *const BlockCodes, out: *mut Products
 unsafe fn decode<Q: Quant>(p: *const u8, k: usize) -> Decoded<Avx512> {
     // SAFETY: the caller has the instruction set, a panel and these columns.
     unsafe {
-        let (p, k) = (p.add(k / Q::TILES * Q::BLOCK_BYTES * ROWS), k % Q::TILES);
-        let tile_bytes = Q::BLOCK_BYTES * ROWS / Q::TILES;
-        prefetch::<Avx512>(p.wrapping_add(k * tile_bytes), tile_bytes);
-        let mut tile = Q::tile::<Avx512>(p, k);
+        let mut tile = Q::tile::<Avx512>(p.add(k / Q::TILES * Q::BLOCK_BYTES * ROWS), k % Q::TILES);
         if let Some(zero) = Q::ZERO {
             for w in &mut tile.w {
                 *w = _mm512_sub_epi8(*w, _mm512_set1_epi8(zero as i8));
