@@ -12,7 +12,7 @@ pub const BLOCK_LEN: usize = 32;
 /// Columns of a [`SuperBlock`].
 pub const SUPER_BLOCK_LEN: usize = 256;
 
-/// What 32 activations have in common: `x[i] = scale * codes[i]`. The sums pay for the offsets of unsigned weight codes.
+/// What 32 activations have in common: `x[i] = scale * codes[i]`. Sums pay for the offsets of unsigned weight codes.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Block {

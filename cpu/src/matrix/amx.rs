@@ -6,7 +6,7 @@
 //! columns, and no scale is applied between. Types with a scale for every 32 columns have one product for each 32, and
 //! twice the time of a product goes to scaling it.
 
-use super::kernel::{Decoded, Quant, Scales, SuperQuant, finish, pairs, store};
+use super::kernel::{Decoded, Quant, Scales, SuperQuant, Tile, finish, pairs, store};
 use super::simd::avx512::Avx512;
 use super::{Matrix, OutRows};
 use crate::activations::{Activations, BLOCK_LEN, Block, BlockCodes, CODES_LEN, Codes, SUPER_BLOCK_LEN};
@@ -229,13 +229,13 @@ unsafe fn multiply_32(w: &[__m512i; 8], x: *const BlockCodes, out: *mut Products
     }
 }
 
-/// Decodes columns `32 k ..` of the panel at `p`, into signed codes where all blocks have the same [`Quant::ZERO`].
+/// Decodes columns `32 k ..` of the panel at `p`, into signed codes where all blocks have the same [`Tile::ZERO`].
 #[inline(always)]
 unsafe fn decode<Q: Quant>(p: *const u8, k: usize) -> Decoded<Avx512> {
     // SAFETY: the caller has the instruction set, a panel and these columns.
     unsafe {
         let mut tile = Q::tile::<Avx512>(p.add(k / Q::TILES * Q::BLOCK_BYTES * ROWS), k % Q::TILES);
-        if let Some(zero) = Q::ZERO {
+        if let Some(zero) = Q::Tile::<Avx512>::ZERO {
             for w in &mut tile.w {
                 *w = _mm512_sub_epi8(*w, _mm512_set1_epi8(zero as i8));
             }
@@ -274,7 +274,7 @@ unsafe fn add_products<Q: Quant, const N: usize>(
             for (t, acc) in acc.iter_mut().enumerate() {
                 for k in 0..N {
                     let (w, x) = (&*weights.add(k), x.add(k * stride + t));
-                    if Q::ZERO.is_none() {
+                    if Q::Tile::<Avx512>::ZERO.is_none() {
                         *acc = _mm512_fmadd_ps(w.offset, _mm512_set1_ps((*x).sum), *acc);
                     }
                     let dot = _mm512_cvtepi32_ps((*products.add(k)).0[t]);

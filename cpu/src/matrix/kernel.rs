@@ -27,6 +27,17 @@ unsafe fn consecutive<X, const T: usize>(first: *const X) -> [*const X; T] {
     pointers
 }
 
+/// Sums of the codes of `T` blocks.
+#[inline(always)]
+unsafe fn code_sums<const T: usize>(x: *const Block) -> [i32; T] {
+    let mut sums = [0; T];
+    for t in 0..T {
+        // SAFETY: the caller has `T` blocks.
+        sums[t] = unsafe { (*x.add(t)).code_sum };
+    }
+    sums
+}
+
 /// 32 columns of a panel whose scales belong to these columns alone: `weight = scale * code + offset`.
 pub(super) struct Decoded<S: Simd> {
     /// Codes `[8, LANES, 4]`.
@@ -46,6 +57,9 @@ impl<S: Simd> Decoded<S> {
 
 /// [`Decoded`] columns, prepared for many products.
 pub(super) trait Tile<S: Simd> {
+    /// The code of weight 0, where all blocks have the same. It is taken off in integers, and offsets are 0.
+    const ZERO: Option<u8>;
+
     unsafe fn new(decoded: Decoded<S>) -> Self;
     /// Adds `self . x[t]` for each row of the panel to `acc[t]`; `x` and its `codes` `[T]`.
     unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]);
@@ -55,6 +69,8 @@ pub(super) trait Tile<S: Simd> {
 pub(super) struct Affine<S: Simd, const BITS: u32>(Decoded<S>);
 
 impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
+    const ZERO: Option<u8> = None;
+
     #[inline(always)]
     unsafe fn new(decoded: Decoded<S>) -> Self {
         Self(decoded)
@@ -63,11 +79,33 @@ impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
     unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
         // SAFETY: the caller has the instruction set and valid blocks.
         unsafe {
-            let dots = S::dot(BITS, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()));
+            let dots = S::dot(BITS, 0, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums(x));
             for t in 0..T {
                 let x = x.add(t);
                 let sum = S::fma(self.0.offset, S::splat((*x).sum), acc[t]);
                 acc[t] = S::fma(dots[t], S::mul(self.0.scale, S::splat((*x).scale)), sum);
+            }
+        }
+    }
+}
+
+/// Unsigned codes of at most `BITS` <= 6 bits, less `ZERO`.
+pub(super) struct Centred<S: Simd, const BITS: u32, const ZERO: u8>(Decoded<S>);
+
+impl<S: Simd, const BITS: u32, const ZERO: u8> Tile<S> for Centred<S, BITS, ZERO> {
+    const ZERO: Option<u8> = Some(ZERO);
+
+    #[inline(always)]
+    unsafe fn new(decoded: Decoded<S>) -> Self {
+        Self(decoded)
+    }
+    #[inline(always)]
+    unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
+        // SAFETY: the caller has the instruction set and valid blocks.
+        unsafe {
+            let dots = S::dot(BITS, ZERO, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums(x));
+            for t in 0..T {
+                acc[t] = S::fma(dots[t], S::mul(self.0.scale, S::splat((*x.add(t)).scale)), acc[t]);
             }
         }
     }
@@ -80,6 +118,8 @@ pub(super) struct Signed<S: Simd> {
 }
 
 impl<S: Simd> Tile<S> for Signed<S> {
+    const ZERO: Option<u8> = Some(0);
+
     #[inline(always)]
     unsafe fn new(decoded: Decoded<S>) -> Self {
         // SAFETY: the caller has the instruction set.
@@ -89,8 +129,7 @@ impl<S: Simd> Tile<S> for Signed<S> {
     unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
         // SAFETY: the caller has the instruction set and valid blocks.
         unsafe {
-            let code_sums = consecutive::<_, T>(x).map(|x| (*x).code_sum);
-            let dots = S::dot_signed(&self.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums);
+            let dots = S::dot_signed(&self.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums(x));
             for t in 0..T {
                 acc[t] = S::fma(dots[t], S::mul(self.scale, S::splat((*x.add(t)).scale)), acc[t]);
             }
@@ -104,8 +143,6 @@ pub(super) trait Quant {
     const BLOCK_BYTES: usize;
     /// Tiles of a block: its columns / 32.
     const TILES: usize;
-    /// The code of weight 0 where that is the same in all blocks: offsets are `-ZERO * scale`.
-    const ZERO: Option<u8>;
     /// Columns prepared for products.
     type Tile<S: Simd>: Tile<S>;
 
@@ -210,8 +247,8 @@ unsafe fn prefetch<S: Simd>(p: *const u8, i: usize, n: usize) {
     }
 }
 
-/// Calls `$body` for each `$k` below 8, the tiles of a block for one row of activations. On AVX-512 they are unrolled: a
-/// shift by a number that is not a constant takes two instructions.
+/// Calls `$body` for each `$k` below 8, the tiles of a block for one row of activations. On AVX-512 they are unrolled:
+/// a shift by a number that is not a constant takes two instructions.
 macro_rules! for_tiles {
     ($S:ident, |$k:ident| $body:expr) => {
         if $S::LANES == 16 {

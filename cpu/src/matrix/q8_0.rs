@@ -8,7 +8,6 @@ pub(super) struct Q8_0;
 impl Quant for Q8_0 {
     const BLOCK_BYTES: usize = 34;
     const TILES: usize = 1;
-    const ZERO: Option<u8> = Some(0);
     type Tile<S: Simd> = Signed<S>;
 
     #[inline(always)]

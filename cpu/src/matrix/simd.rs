@@ -74,11 +74,18 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
-    /// `sum_{i < 32} w[i] * x[t][i]` of unsigned codes of at most `bits` <= 6 bits.
-    unsafe fn dot<const T: usize>(bits: u32, w: &[Self::V; 8], x: [*const i8; T]) -> [Self::F; T];
+    /// `sum_{i < 32} (w[i] - zero) * x[t][i]` of unsigned codes of at most `bits` <= 6 bits; `x_sums[t]` is `sum_i
+    /// x[t][i]`.
+    unsafe fn dot<const T: usize>(
+        bits: u32,
+        zero: u8,
+        w: &[Self::V; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [Self::F; T];
     /// Prepares signed codes.
     unsafe fn signed(w: &[Self::V; 8]) -> Self::Signed;
-    /// `sum_{i < 32} w[i] * x[t][i]` of signed codes; `x_sums[t]`: `sum_i x[t][i]`.
+    /// `sum_{i < 32} w[i] * x[t][i]` of signed codes.
     unsafe fn dot_signed<const T: usize>(w: &Self::Signed, x: [*const i8; T], x_sums: [i32; T]) -> [Self::F; T];
 
     /// Loads scales `[LANES]` i8.

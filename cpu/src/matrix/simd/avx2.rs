@@ -236,14 +236,21 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(bits: u32, w: &[__m256i; 8], x: [*const i8; T]) -> [__m256; T] {
+    unsafe fn dot<const T: usize>(
+        bits: u32,
+        zero: u8,
+        w: &[__m256i; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
             let mut dots = [_mm256_setzero_ps(); T];
             for t in 0..T {
+                let first = _mm256_set1_epi32(-i32::from(zero) * x_sums[t]);
                 dots[t] = _mm256_cvtepi32_ps(match VNNI {
-                    true => dot_vnni(w, x[t], 0..8, _mm256_setzero_si256()),
-                    false => dot32::<false>(bits, w, _mm256_set1_epi16(1), x[t], 0..8, _mm256_setzero_si256()),
+                    true => dot_vnni(w, x[t], 0..8, first),
+                    false => dot32::<false>(bits, w, _mm256_set1_epi16(1), x[t], 0..8, first),
                 });
             }
             dots

@@ -24,6 +24,21 @@ unsafe fn dot<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], range: Range<
     }
 }
 
+/// `factor * sums[t]` in each lane, for sums of 32 codes.
+#[inline(always)]
+unsafe fn times<const T: usize>(factor: i16, sums: [i32; T]) -> [__m512i; T] {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let mut products = [_mm512_setzero_si512(); T];
+        for t in 0..T {
+            // A sum fits the low 16 bits of its lane; the high ones are multiplied by 0.
+            let factor = _mm512_set1_epi32(i32::from(factor as u16));
+            products[t] = _mm512_madd_epi16(factor, _mm512_set1_epi32(sums[t]));
+        }
+        products
+    }
+}
+
 /// Sums to f32.
 #[inline(always)]
 unsafe fn to_f32<const T: usize>(sums: [__m512i; T]) -> [__m512; T] {
@@ -185,10 +200,16 @@ impl Simd for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(_: u32, w: &[__m512i; 8], x: [*const i8; T]) -> [__m512; T] {
+    unsafe fn dot<const T: usize>(
+        _: u32,
+        zero: u8,
+        w: &[__m512i; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [__m512; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let mut sums = [_mm512_setzero_si512(); T];
+            let mut sums = times::<T>(-i16::from(zero), x_sums);
             dot(w, x, 0..8, &mut sums);
             to_f32(sums)
         }
@@ -208,11 +229,7 @@ impl Simd for Avx512 {
     unsafe fn dot_signed<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], x_sums: [i32; T]) -> [__m512; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let mut sums = [_mm512_setzero_si512(); T];
-            for t in 0..T {
-                // The sum of 32 codes fits the low 16 bits of its lane; the high ones are multiplied by 0.
-                sums[t] = _mm512_madd_epi16(_mm512_set1_epi32(0xff80), _mm512_set1_epi32(x_sums[t]));
-            }
+            let mut sums = times::<T>(-128, x_sums);
             dot(w, x, 0..8, &mut sums);
             to_f32(sums)
         }

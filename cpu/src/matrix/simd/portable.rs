@@ -167,9 +167,12 @@ impl Simd for Portable {
         from_fn(|r| a[r] * b[r] + c[r])
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(_: u32, w: &[V; 8], x: [*const i8; T]) -> [F; T] {
-        // SAFETY: the caller's pointers are valid for 32 bytes.
-        x.map(|x| dot_groups::<false>(w, unsafe { &*x.cast::<[i8; 32]>() }).map(|s| s as f32))
+    unsafe fn dot<const T: usize>(_: u32, zero: u8, w: &[V; 8], x: [*const i8; T], x_sums: [i32; T]) -> [F; T] {
+        from_fn(|t| {
+            // SAFETY: the caller's pointers are valid for 32 bytes.
+            let dots = dot_groups::<false>(w, unsafe { &*x[t].cast::<[i8; 32]>() });
+            dots.map(|s| (s - i32::from(zero) * x_sums[t]) as f32)
+        })
     }
     #[inline(always)]
     unsafe fn signed(w: &[V; 8]) -> [V; 8] {
