@@ -151,7 +151,7 @@ fn main() {
     let (read, integer) = (read_roof(&pool, threads, isa), integer_roof(&pool, threads, isa));
     println!("{} {threads} threads: read {read:.1} GB/s, 8-bit dot products {integer:.0} GMAC/s", isa.name());
     println!(
-        "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows: GMAC/s for 2, 4, 8, 16, 64, 512, share of integer roof"
+        "type    cols | packing: GB/s | one row: GB/s best, median, share of read roof | rows, matrix in the cache: GMAC/s for 1, 2, 4, 8, 16, 64, 512, share of integer roof"
     );
     for ty in types {
         for n_cols in [1024, 3584] {
@@ -173,7 +173,7 @@ fn main() {
             print!("{:7} {n_cols:4} | {pack:5.1} | {best:6.1} {median:6.1} {:4.0} % |", ty.name(), 100.0 * best / read);
             drop(cold);
             let (warm, _) = matrix(&pool, ty, 1024 * threads, n_cols, isa);
-            for n_rows in [2, 4, 8, 16, 64, 512] {
+            for n_rows in [1, 2, 4, 8, 16, 64, 512] {
                 let seconds = run(&warm, &activations(ty, n_rows, n_cols), n_rows, if n_rows < 512 { 40 } else { 11 });
                 let rate = (warm.n_rows() * n_cols * n_rows) as f64 / seconds[0] / 1e9;
                 print!(" {rate:6.1}");

@@ -12,7 +12,7 @@ pub const BLOCK_LEN: usize = 32;
 /// Columns of a [`SuperBlock`].
 pub const SUPER_BLOCK_LEN: usize = 256;
 
-/// 32 activations: `x[i] = scale * codes[i]`. The sums pay for the offsets of unsigned weight codes.
+/// What 32 activations have in common: `x[i] = scale * codes[i]`. Sums pay for the offsets of unsigned weight codes.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Block {
@@ -22,9 +22,13 @@ pub(crate) struct Block {
     pub sum: f32,
     /// Sum of the codes.
     pub code_sum: i32,
-    /// Rounded to nearest, -127 to 127.
-    pub codes: [i8; BLOCK_LEN],
 }
+
+/// The codes of a [`Block`], rounded to nearest, -127 to 127. They lie apart from it: 16 rows of activations are a tile
+/// of AMX, which loads rows that straddle cache lines at half the pace.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct BlockCodes(pub [i8; BLOCK_LEN]);
 
 /// What 256 activations have in common: `x[i] = scale * codes[i]`. One scale for the columns of a K-quant block lets
 /// kernels add up its products in integers.
@@ -42,7 +46,7 @@ pub(crate) struct SuperBlock {
 /// Columns of [`Codes`].
 pub(crate) const CODES_LEN: usize = 64;
 
-/// Activations that [`ActivationBuffer`] has room for beyond the last one: AMX reads 32 rows at a time.
+/// Codes that [`ActivationBuffer`] has room for beyond the last ones: AMX reads 16 or 32 rows at a time.
 const ROWS_BEHIND: usize = 31;
 
 /// 64 codes of a [`SuperBlock`], rounded to nearest, -127 to 127. They lie apart from it, so that the codes that many
@@ -51,8 +55,8 @@ const ROWS_BEHIND: usize = 31;
 #[repr(C, align(64))]
 pub(crate) struct Codes(pub [i8; CODES_LEN]);
 
-// Kernels read four codes, or two sums, as one aligned 32-bit number.
-const _: () = assert!(size_of::<Block>() == 44 && size_of::<SuperBlock>() == 52);
+// Kernels read two sums as one aligned 32-bit number.
+const _: () = assert!(size_of::<SuperBlock>() == 52);
 
 /// Largest magnitude of `x`, and what to multiply `x` with to get codes. A NaN makes the magnitude NaN.
 #[inline(always)]
@@ -79,14 +83,15 @@ fn sum(codes: &[i8]) -> i16 {
 }
 
 impl Block {
-    const ZERO: Self = Self { scale: 0.0, sum: 0.0, code_sum: 0, codes: [0; BLOCK_LEN] };
+    const ZERO: Self = Self { scale: 0.0, sum: 0.0, code_sum: 0 };
 
+    /// Rounds `x`.
     #[inline(always)]
-    fn new(x: &[f32; BLOCK_LEN]) -> Self {
+    fn new(x: &[f32; BLOCK_LEN]) -> (Self, BlockCodes) {
         let (max, inverse) = magnitude(x);
         let (scale, codes) = (max / 127.0, round(x, inverse));
         let code_sum = i32::from(sum(&codes));
-        Self { scale, sum: scale * code_sum as f32, code_sum, codes }
+        (Self { scale, sum: scale * code_sum as f32, code_sum }, BlockCodes(codes))
     }
 }
 
@@ -94,15 +99,16 @@ impl SuperBlock {
     const ZERO: Self = Self { scale: 0.0, sums_32: [0; 8], sums_16: [0; 16] };
 }
 
-/// Rounds the blocks of `x`, `stride` blocks apart in `blocks`.
+/// Rounds the blocks of `x`, `stride` blocks apart in `blocks` and in `codes`.
 ///
 /// # Safety
-/// Nobody else touches these blocks now.
+/// Nobody else touches these blocks and codes now.
 #[inline(always)]
-unsafe fn round_32(x: &[f32], blocks: &[UnsafeCell<Block>], stride: usize) {
-    for (x, cell) in x.as_chunks::<BLOCK_LEN>().0.iter().zip(blocks.iter().step_by(stride)) {
+unsafe fn round_32(x: &[f32], blocks: &[UnsafeCell<Block>], codes: &[UnsafeCell<BlockCodes>], stride: usize) {
+    let cells = blocks.iter().step_by(stride).zip(codes.iter().step_by(stride));
+    for (x, (block, codes)) in x.as_chunks::<BLOCK_LEN>().0.iter().zip(cells) {
         // SAFETY: as the caller promises.
-        unsafe { *cell.get() = Block::new(x) };
+        unsafe { (*block.get(), *codes.get()) = Block::new(x) };
     }
 }
 
@@ -140,9 +146,9 @@ unsafe fn round_256(x: &[f32], blocks: &[UnsafeCell<SuperBlock>], codes: &[Unsaf
 /// As there.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn round_32_avx2(x: &[f32], blocks: &[UnsafeCell<Block>], stride: usize) {
+unsafe fn round_32_avx2(x: &[f32], blocks: &[UnsafeCell<Block>], codes: &[UnsafeCell<BlockCodes>], stride: usize) {
     // SAFETY: as the caller promises.
-    unsafe { round_32(x, blocks, stride) }
+    unsafe { round_32(x, blocks, codes, stride) }
 }
 
 /// [`round_256`] with wider vectors.
@@ -197,6 +203,7 @@ impl Forms {
 pub struct ActivationBuffer {
     floats: Box<[UnsafeCell<f32>]>,
     blocks: Box<[UnsafeCell<Block>]>,
+    block_codes: Box<[UnsafeCell<BlockCodes>]>,
     super_blocks: Box<[UnsafeCell<SuperBlock>]>,
     super_codes: Box<[UnsafeCell<Codes>]>,
 }
@@ -211,11 +218,12 @@ fn cells<T: Copy>(n: usize, value: T) -> Result<Box<[UnsafeCell<T>]>, TryReserve
     Ok(cells.into_boxed_slice())
 }
 
-/// Numbers of floats, blocks, super-blocks and their codes of an [`ActivationBuffer`].
-fn cells_of(max_elements: usize, forms: Forms) -> [usize; 4] {
+/// Numbers of floats, blocks, their codes, super-blocks and their codes of an [`ActivationBuffer`].
+fn cells_of(max_elements: usize, forms: Forms) -> [usize; 5] {
     let n = |wanted: bool, len: usize, behind: usize| if wanted { max_elements / len + behind } else { 0 };
+    let of_32 = [0, ROWS_BEHIND].map(|behind| n(forms.codes_32, BLOCK_LEN, behind));
     let codes = n(forms.codes_256, CODES_LEN, ROWS_BEHIND);
-    [n(forms.floats, 1, 0), n(forms.codes_32, BLOCK_LEN, 0), n(forms.codes_256, SUPER_BLOCK_LEN, 0), codes]
+    [n(forms.floats, 1, 0), of_32[0], of_32[1], n(forms.codes_256, SUPER_BLOCK_LEN, 0), codes]
 }
 
 impl ActivationBuffer {
@@ -225,14 +233,16 @@ impl ActivationBuffer {
         Ok(Self {
             floats: cells(n[0], 0.0)?,
             blocks: cells(n[1], Block::ZERO)?,
-            super_blocks: cells(n[2], SuperBlock::ZERO)?,
-            super_codes: cells(n[3], Codes([0; CODES_LEN]))?,
+            block_codes: cells(n[2], BlockCodes([0; BLOCK_LEN]))?,
+            super_blocks: cells(n[3], SuperBlock::ZERO)?,
+            super_codes: cells(n[4], Codes([0; CODES_LEN]))?,
         })
     }
 
     /// Bytes that [`ActivationBuffer::new`] allocates.
     pub fn n_bytes(max_elements: usize, forms: Forms) -> usize {
-        let sizes = [size_of::<f32>(), size_of::<Block>(), size_of::<SuperBlock>(), size_of::<Codes>()];
+        let of_32 = [size_of::<Block>(), size_of::<BlockCodes>()];
+        let sizes = [size_of::<f32>(), of_32[0], of_32[1], size_of::<SuperBlock>(), size_of::<Codes>()];
         cells_of(max_elements, forms).into_iter().zip(sizes).map(|(n, size)| n * size).sum()
     }
 
@@ -240,6 +250,7 @@ impl ActivationBuffer {
     pub fn allocated(&self) -> usize {
         size_of_val(&*self.floats)
             + size_of_val(&*self.blocks)
+            + size_of_val(&*self.block_codes)
             + size_of_val(&*self.super_blocks)
             + size_of_val(&*self.super_codes)
     }
@@ -256,6 +267,7 @@ impl ActivationBuffer {
             n_cols,
             floats: part(&self.floats, forms.floats, 1, start, n_rows * n_cols),
             blocks: part(&self.blocks, forms.codes_32, BLOCK_LEN, start, n_rows * n_cols),
+            block_codes: part(&self.block_codes, forms.codes_32, BLOCK_LEN, start, n_rows * n_cols),
             super_blocks: part(&self.super_blocks, forms.codes_256, SUPER_BLOCK_LEN, start, n_rows * n_cols),
             super_codes: part(&self.super_codes, forms.codes_256, CODES_LEN, start, n_rows * n_cols),
         }
@@ -283,6 +295,8 @@ pub struct Activations<'a> {
     floats: &'a [UnsafeCell<f32>],
     /// `[n_cols / 32, n_rows]`, or empty: block-major, so that a kernel streams the rows of one block of columns.
     blocks: &'a [UnsafeCell<Block>],
+    /// Likewise.
+    block_codes: &'a [UnsafeCell<BlockCodes>],
     /// `[n_cols / 256, n_rows]`, or empty.
     super_blocks: &'a [UnsafeCell<SuperBlock>],
     /// `[n_cols / 64, n_rows]`, or empty.
@@ -332,13 +346,14 @@ impl Activations<'_> {
         #[cfg(not(target_arch = "x86_64"))]
         let avx2 = false;
         if self.forms.codes_32 {
-            let blocks = &self.blocks[col / BLOCK_LEN * self.n_rows + row..];
+            let at = col / BLOCK_LEN * self.n_rows + row;
+            let (blocks, codes) = (&self.blocks[at..], &self.block_codes[at..]);
             match avx2 {
                 // SAFETY: the processor has the features; nobody else touches these blocks now.
                 #[cfg(target_arch = "x86_64")]
-                true => unsafe { round_32_avx2(values, blocks, self.n_rows) },
+                true => unsafe { round_32_avx2(values, blocks, codes, self.n_rows) },
                 // SAFETY: nobody else touches these blocks now.
-                _ => unsafe { round_32(values, blocks, self.n_rows) },
+                _ => unsafe { round_32(values, blocks, codes, self.n_rows) },
             }
         }
         if self.forms.codes_256 {
@@ -364,6 +379,12 @@ impl Activations<'_> {
     pub(crate) fn blocks(&self) -> *const Block {
         assert!(self.forms.codes_32, "these activations were made without blocks of 32");
         self.blocks.as_ptr().cast()
+    }
+
+    /// First of the codes `[n_cols / 32, n_rows]` of the blocks of 32; 31 more than these may be read.
+    pub(crate) fn block_codes(&self) -> *const BlockCodes {
+        assert!(self.forms.codes_32, "these activations were made without blocks of 32");
+        self.block_codes.as_ptr().cast()
     }
 
     /// First of the blocks `[n_cols / 256, n_rows]`.

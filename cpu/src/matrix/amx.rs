@@ -3,14 +3,13 @@
 //! that the processor has AMX and that this process may use it.
 //!
 //! K-quant codes times their integer scales fit 16 bits: their low and high bytes are two products over all 256
-//! columns, and no scale is applied between. Types with a scale for every 32 columns on both sides are not here: what
-//! AMX saves is spent on scaling the products of each block (Q8_0 2 to 12 % faster than `vpdpbusd`, Q4_0 2 to 8 %
-//! slower).
+//! columns, and no scale is applied between. Types with a scale for every 32 columns have one product for each 32, and
+//! twice the time of a product goes to scaling it.
 
-use super::kernel::{Scales, SuperQuant, finish, pairs, store};
+use super::kernel::{Decoded, Quant, Scales, SuperQuant, Tile, finish, pairs, store};
 use super::simd::avx512::Avx512;
 use super::{Matrix, OutRows};
-use crate::activations::{Activations, CODES_LEN, Codes, SUPER_BLOCK_LEN};
+use crate::activations::{Activations, BLOCK_LEN, Block, BlockCodes, CODES_LEN, Codes, SUPER_BLOCK_LEN};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -37,15 +36,16 @@ fn tokens_together(n_cols: usize) -> usize {
 /// Products of a tile `[rows of activations, rows of a panel]`.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Products([[i32; ROWS]; ROWS]);
+struct Products([__m512i; ROWS]);
 
 /// The tiles of this thread, configured while it lives.
 struct Tiles;
 
 impl Tiles {
-    /// All tiles have 16 rows of 64 bytes.
+    /// Tiles for products over `columns` <= 64: 1 and 4 hold activations `[16, columns]`, 2 and 5 codes `[columns / 4,
+    /// 16, 4]` of a panel, the others 32-bit integers `[16, 16]`.
     #[inline(always)]
-    unsafe fn new() -> Self {
+    unsafe fn new(columns: usize) -> Self {
         #[repr(C, align(64))]
         struct Config {
             palette: u8,
@@ -57,6 +57,9 @@ impl Tiles {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].fill(64);
         config.rows[..8].fill(16);
+        for (x, w) in [(1, 2), (4, 5)] {
+            (config.row_bytes[x], config.rows[w]) = (columns as u16, columns as u8 / 4);
+        }
         // SAFETY: the caller has AMX; the configuration is 64 bytes of palette 1.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly, preserves_flags)) };
         Self
@@ -162,7 +165,7 @@ pub(super) unsafe fn mul_super<Q: SuperQuant>(m: &Matrix, panels: Range<usize>, 
     // n_tokens]` and at least 31 behind them, so that whole tiles can be read; the rows beyond `n_tokens` are not used.
     // The caller has the instruction sets.
     unsafe {
-        let tiles = Tiles::new();
+        let tiles = Tiles::new(CODES_LEN);
         let mut scaled = [_mm512_setzero_si512(); 2 * SUPER_BLOCK_LEN / 4];
         let mut products = MaybeUninit::<[Products; 4]>::uninit();
         let together = tokens_together(m.n_cols);
@@ -177,20 +180,138 @@ pub(super) unsafe fn mul_super<Q: SuperQuant>(m: &Matrix, panels: Range<usize>, 
                     let scales = Q::scales::<Avx512>(p);
                     let pairs = pairs::<Avx512, Q>(&scales);
                     scaled_codes::<Q>(p, &scales, &mut scaled);
-                    for token in (0..n).step_by(2 * ROWS) {
-                        let codes = codes.add(4 * b * n_tokens + first + token);
-                        multiply_256(&scaled, codes, stride, products.as_mut_ptr());
-                        let products: *const Products = products.as_ptr().cast();
-                        for t in 0..(2 * ROWS).min(n - token) {
-                            let row = |part: usize| {
-                                let at = (&raw const (*products.add(2 * (t / ROWS) + part)).0[t % ROWS]).cast();
-                                _mm512_load_si512(at)
-                            };
-                            let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(row(0), _mm512_slli_epi32(row(1), 8)));
-                            let x = x.add(b * n_tokens + first + token + t);
-                            acc[token + t] = finish::<Avx512, Q>(&scales, &pairs, x, sum, acc[token + t]);
+                    for (i, acc) in acc[..n].chunks_mut(2 * ROWS).enumerate() {
+                        let token = first + 2 * ROWS * i;
+                        multiply_256(&scaled, codes.add(4 * b * n_tokens + token), stride, products.as_mut_ptr());
+                        for (half, acc) in acc.chunks_mut(ROWS).enumerate() {
+                            let low = products.as_ptr().cast::<Products>().add(2 * half);
+                            let (high, x) = (low.add(1), x.add(b * n_tokens + token + half * ROWS));
+                            for (t, acc) in acc.iter_mut().enumerate() {
+                                let sum = _mm512_add_epi32((*low).0[t], _mm512_slli_epi32((*high).0[t], 8));
+                                *acc = finish::<Avx512, Q>(&scales, &pairs, x.add(t), _mm512_cvtepi32_ps(sum), *acc);
+                            }
                         }
                     }
+                }
+                for (t, acc) in acc[..n].iter().enumerate() {
+                    store::<Avx512>(out, first + t, panel, m.n_rows, *acc);
+                }
+            }
+        }
+        drop(tiles);
+    }
+}
+
+/// Products over 32 columns: the codes `w` `[8, 16, 4]` of a panel with the codes at `x` of 16 rows.
+///
+/// # Safety
+/// The pointers hold these shapes, and tiles are configured.
+#[inline(always)]
+unsafe fn multiply_32(w: &[__m512i; 8], x: *const BlockCodes, out: *mut Products) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "tileloadd tmm1, [{x} + {x_row}*1]",
+            "tileloadd tmm2, [{w} + {row}*1]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm1, tmm2",
+            "tilestored [{out} + {row}*1], tmm0",
+            x = in(reg) x,
+            w = in(reg) w,
+            x_row = in(reg) size_of::<BlockCodes>(),
+            row = in(reg) 64usize,
+            out = in(reg) out,
+            out("tmm0") _,
+            out("tmm1") _,
+            out("tmm2") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Decodes columns `32 k ..` of the panel at `p`, into signed codes where all blocks have the same [`Tile::ZERO`].
+#[inline(always)]
+unsafe fn decode<Q: Quant>(p: *const u8, k: usize) -> Decoded<Avx512> {
+    // SAFETY: the caller has the instruction set, a panel and these columns.
+    unsafe {
+        let mut tile = Q::tile::<Avx512>(p.add(k / Q::TILES * Q::BLOCK_BYTES * ROWS), k % Q::TILES);
+        if let Some(zero) = Q::Tile::<Avx512>::ZERO {
+            for w in &mut tile.w {
+                *w = _mm512_sub_epi8(*w, _mm512_set1_epi8(zero as i8));
+            }
+        }
+        tile
+    }
+}
+
+/// Adds the products of columns `32 k ..` of the panel at `p`, `N` blocks of 32, with the rows of activations from `x`
+/// and `codes`, blocks `stride` apart, to `acc`, a sum for each of these rows.
+///
+/// # Safety
+/// The pointers hold these shapes, with codes for whole tiles of rows; tiles are configured.
+#[inline(always)]
+unsafe fn add_products<Q: Quant, const N: usize>(
+    p: *const u8,
+    k: usize,
+    (x, codes, stride): (*const Block, *const BlockCodes, usize),
+    acc: &mut [__m512],
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        // A loop, and not a closure, which would be compiled without the instruction set.
+        let mut weights = [const { MaybeUninit::<Decoded<Avx512>>::uninit() }; N];
+        for (i, w) in weights.iter_mut().enumerate() {
+            w.write(decode::<Q>(p, k + i));
+        }
+        let weights: *const Decoded<Avx512> = weights.as_ptr().cast();
+        let mut products = MaybeUninit::<[Products; N]>::uninit();
+        let products: *mut Products = products.as_mut_ptr().cast();
+        for (i, acc) in acc.chunks_mut(ROWS).enumerate() {
+            let (x, codes) = (x.add(i * ROWS), codes.add(i * ROWS));
+            for k in 0..N {
+                multiply_32(&(*weights.add(k)).w, codes.add(k * stride), products.add(k));
+            }
+            for (t, acc) in acc.iter_mut().enumerate() {
+                for k in 0..N {
+                    let (w, x) = (&*weights.add(k), x.add(k * stride + t));
+                    if Q::Tile::<Avx512>::ZERO.is_none() {
+                        *acc = _mm512_fmadd_ps(w.offset, _mm512_set1_ps((*x).sum), *acc);
+                    }
+                    let dot = _mm512_cvtepi32_ps((*products.add(k)).0[t]);
+                    *acc = _mm512_fmadd_ps(dot, _mm512_mul_ps(w.scale, _mm512_set1_ps((*x).scale)), *acc);
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies panels of a type with scales of its own for every 32 columns.
+///
+/// # Safety
+/// The caller has AMX and AVX-512, and compared the shapes.
+#[inline(always)]
+pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
+    /// Blocks of 32 columns whose products are added together, so that sums are loaded and stored once for them.
+    const TOGETHER: usize = 4;
+    let (n_blocks, block_bytes, n_tokens) = (m.n_cols / BLOCK_LEN, Q::BLOCK_BYTES * ROWS, x.n_rows());
+    let (x, codes, panel_bytes) = (x.blocks(), x.block_codes(), n_blocks / Q::TILES * block_bytes);
+    // SAFETY: `x` are the blocks `[n_blocks, n_tokens]` of the activations, `codes` their codes and at least 31 behind
+    // them, so that whole tiles can be read; the rows beyond `n_tokens` are not used. The caller has the instruction
+    // sets.
+    unsafe {
+        let tiles = Tiles::new(BLOCK_LEN);
+        let together = tokens_together(m.n_cols);
+        for first in (0..n_tokens).step_by(together) {
+            let n = together.min(n_tokens - first);
+            for panel in panels.clone() {
+                let p = m.data[panel * panel_bytes..][..panel_bytes].as_ptr();
+                let activations = |k: usize| (x.add(k * n_tokens + first), codes.add(k * n_tokens + first), n_tokens);
+                let (mut acc, whole) = ([_mm512_setzero_ps(); MAX_TOKENS], n_blocks - n_blocks % TOGETHER);
+                for k in (0..whole).step_by(TOGETHER) {
+                    add_products::<Q, TOGETHER>(p, k, activations(k), &mut acc[..n]);
+                }
+                for k in whole..n_blocks {
+                    add_products::<Q, 1>(p, k, activations(k), &mut acc[..n]);
                 }
                 for (t, acc) in acc[..n].iter().enumerate() {
                     store::<Avx512>(out, first + t, panel, m.n_rows, *acc);

@@ -2,7 +2,7 @@
 //! of 256 in 8 tiles) d `[R]` f16, scales_h `[R]` u16, scales_l `[4, R]` u8, qs `[8, 4, R, 4]`; MXFP4 e `[R]` u8, qs
 //! `[4, R, 4]`. Nibbles as in Q4_0.
 
-use super::kernel::{Affine, Decoded, Quant, Signed};
+use super::kernel::{Centred, Decoded, Quant, Signed};
 use super::q4_0::nibbles;
 use super::simd::Simd;
 
@@ -61,15 +61,14 @@ impl Quant for Iq4Xs {
 impl Quant for Mxfp4 {
     const BLOCK_BYTES: usize = 17;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Affine<S, 5>;
+    type Tile<S: Simd> = Centred<S, 5, 12>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
-            let scale = S::exp2_minus_128(S::load_u8(p));
             let w = lookup::<S>(&MXFP4_VALUES_PLUS_12, p.add(S::LANES));
-            Decoded { w, scale, offset: S::mul(scale, S::splat(-12.0)) }
+            Decoded::without_offset(w, S::exp2_minus_128(S::load_u8(p)))
         }
     }
 }

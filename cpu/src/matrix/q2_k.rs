@@ -28,16 +28,12 @@ impl SuperQuant for Q2K {
     }
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
+    unsafe fn code<S: Simd>(p: *const u8, k: usize, g: usize) -> S::V {
         let (half, s) = (k / 4, k % 4);
         // SAFETY: as the trait asks.
         unsafe {
             let low2 = S::splat_u8(3);
-            let mut w = [low2; 8];
-            for g in 0..8 {
-                w[g] = S::and(S::shr16(S::load(p.add((20 + 32 * half + 4 * g) * S::LANES)), 2 * s as u32), low2);
-            }
-            w
+            S::and(S::shr16(S::load(p.add((20 + 32 * half + 4 * g) * S::LANES)), 2 * s as u32), low2)
         }
     }
 }

@@ -33,18 +33,14 @@ impl SuperQuant for Q3K {
     }
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
+    unsafe fn code<S: Simd>(p: *const u8, k: usize, g: usize) -> S::V {
         let (half, s) = (k / 4, k % 4);
         // SAFETY: as the trait asks.
         unsafe {
             let (low2, one) = (S::splat_u8(3), S::splat_u8(1));
-            let mut w = [low2; 8];
-            for g in 0..8 {
-                let low = S::and(S::shr16(S::load(p.add((46 + 32 * half + 4 * g) * S::LANES)), 2 * s as u32), low2);
-                let high = S::and(S::shr16(S::load(p.add((14 + 4 * g) * S::LANES)), k as u32), one);
-                w[g] = S::or(low, S::shl16(high, 2));
-            }
-            w
+            let low = S::and(S::shr16(S::load(p.add((46 + 32 * half + 4 * g) * S::LANES)), 2 * s as u32), low2);
+            let high = S::and(S::shr16(S::load(p.add((14 + 4 * g) * S::LANES)), k as u32), one);
+            S::or(low, S::shl16(high, 2))
         }
     }
 }

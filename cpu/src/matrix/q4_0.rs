@@ -2,7 +2,7 @@
 //! bit i the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column
 //! `16 + 4 i + j` in the high one.
 
-use super::kernel::{Affine, Decoded, Quant};
+use super::kernel::{Affine, Centred, Decoded, Quant};
 use super::simd::Simd;
 
 /// The 32 four-bit codes at `qs` `[4, R, 4]`.
@@ -42,15 +42,12 @@ pub(super) struct Q5_1;
 impl Quant for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Affine<S, 4>;
+    type Tile<S: Simd> = Centred<S, 4, 8>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
-        unsafe {
-            let scale = S::load_f16(p);
-            Decoded { w: nibbles::<S>(p.add(2 * S::LANES)), scale, offset: S::mul(scale, S::splat(-8.0)) }
-        }
+        unsafe { Decoded::without_offset(nibbles::<S>(p.add(2 * S::LANES)), S::load_f16(p)) }
     }
 }
 

@@ -40,16 +40,12 @@ impl SuperQuant for Q4K {
     }
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
+    unsafe fn code<S: Simd>(p: *const u8, k: usize, g: usize) -> S::V {
         // SAFETY: as the trait asks.
         unsafe {
             let (mask, shift) = (S::splat_u8(15), 4 * (k as u32 % 2));
-            let mut w = [mask; 8];
-            for g in 0..8 {
-                let v = S::load(p.add((16 + 32 * (k / 2) + 4 * g) * S::LANES));
-                w[g] = S::and(S::shr16(v, shift), mask);
-            }
-            w
+            let v = S::load(p.add((16 + 32 * (k / 2) + 4 * g) * S::LANES));
+            S::and(S::shr16(v, shift), mask)
         }
     }
 }
@@ -66,17 +62,13 @@ impl SuperQuant for Q5K {
     }
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
+    unsafe fn code<S: Simd>(p: *const u8, k: usize, g: usize) -> S::V {
         // SAFETY: as the trait asks.
         unsafe {
             let (mask, one, shift) = (S::splat_u8(15), S::splat_u8(1), 4 * (k as u32 % 2));
-            let mut w = [mask; 8];
-            for g in 0..8 {
-                let high = S::and(S::shr16(S::load(p.add((16 + 4 * g) * S::LANES)), k as u32), one);
-                let low = S::load(p.add((48 + 32 * (k / 2) + 4 * g) * S::LANES));
-                w[g] = S::or(S::and(S::shr16(low, shift), mask), S::shl16(high, 4));
-            }
-            w
+            let high = S::and(S::shr16(S::load(p.add((16 + 4 * g) * S::LANES)), k as u32), one);
+            let low = S::load(p.add((48 + 32 * (k / 2) + 4 * g) * S::LANES));
+            S::or(S::and(S::shr16(low, shift), mask), S::shl16(high, 4))
         }
     }
 }

@@ -28,19 +28,15 @@ impl SuperQuant for Q6K {
     }
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, k: usize) -> [S::V; 8] {
+    unsafe fn code<S: Simd>(p: *const u8, k: usize, g: usize) -> S::V {
         let (half, s) = (k / 4, k % 4);
         // SAFETY: as the trait asks.
         unsafe {
             let (low4, low2) = (S::splat_u8(15), S::splat_u8(3));
             let (ql, qh) = (82 + 64 * half + 32 * (s % 2), 18 + 32 * half);
-            let mut w = [low4; 8];
-            for g in 0..8 {
-                let low = S::shr16(S::load(p.add((ql + 4 * g) * S::LANES)), 4 * (s as u32 / 2));
-                let high = S::shr16(S::load(p.add((qh + 4 * g) * S::LANES)), 2 * s as u32);
-                w[g] = S::or(S::and(low, low4), S::shl16(S::and(high, low2), 4));
-            }
-            w
+            let low = S::shr16(S::load(p.add((ql + 4 * g) * S::LANES)), 4 * (s as u32 / 2));
+            let high = S::shr16(S::load(p.add((qh + 4 * g) * S::LANES)), 2 * s as u32);
+            S::or(S::and(low, low4), S::shl16(S::and(high, low2), 4))
         }
     }
 }

@@ -7,8 +7,6 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 pub(super) mod portable;
 
-use crate::activations::Block;
-
 /// Most lanes of any instruction set.
 pub(super) const MAX_LANES: usize = 16;
 
@@ -76,12 +74,19 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
-    /// `sum_i w[i] * x[t].codes[i]` of unsigned codes of at most `bits` <= 6 bits.
-    unsafe fn dot<const T: usize>(bits: u32, w: &[Self::V; 8], x: [*const Block; T]) -> [Self::F; T];
+    /// `sum_{i < 32} (w[i] - zero) * x[t][i]` of unsigned codes of at most `bits` <= 6 bits; `x_sums[t]` is `sum_i
+    /// x[t][i]`.
+    unsafe fn dot<const T: usize>(
+        bits: u32,
+        zero: u8,
+        w: &[Self::V; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [Self::F; T];
     /// Prepares signed codes.
     unsafe fn signed(w: &[Self::V; 8]) -> Self::Signed;
-    /// `sum_i w[i] * x[t].codes[i]` of signed codes.
-    unsafe fn dot_signed<const T: usize>(w: &Self::Signed, x: [*const Block; T]) -> [Self::F; T];
+    /// `sum_{i < 32} w[i] * x[t][i]` of signed codes.
+    unsafe fn dot_signed<const T: usize>(w: &Self::Signed, x: [*const i8; T], x_sums: [i32; T]) -> [Self::F; T];
 
     /// Loads scales `[LANES]` i8.
     unsafe fn scale(p: *const i8) -> Self::Scale;

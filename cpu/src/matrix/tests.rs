@@ -39,8 +39,8 @@ fn activations<'a>(
                 let codes = &*activations.super_codes().add(col / CODES_LEN * n_rows + row);
                 (block.scale, codes.0[col % CODES_LEN])
             } else if forms.codes_32 {
-                let block = &*activations.blocks().add(col / BLOCK_LEN * n_rows + row);
-                (block.scale, block.codes[col % BLOCK_LEN])
+                let at = col / BLOCK_LEN * n_rows + row;
+                ((*activations.blocks().add(at)).scale, (*activations.block_codes().add(at)).0[col % BLOCK_LEN])
             } else {
                 return f64::from(*activations.floats().add(i));
             }
@@ -193,27 +193,27 @@ fn rounding_of_activations() {
         unsafe {
             view.write(0, 0, x);
             assert_eq!(std::slice::from_raw_parts(view.floats(), 2), &x[..2]);
-            (*view.blocks(), *view.super_blocks(), *view.super_codes())
+            (*view.blocks(), view.block_codes().read().0, *view.super_blocks(), *view.super_codes())
         }
     };
     let mut x = [0.0f32; SUPER_BLOCK_LEN];
-    let (block, super_block, codes) = round(&x);
-    assert_eq!((block.scale, block.sum, block.code_sum, block.codes), (0.0, 0.0, 0, [0; BLOCK_LEN]));
+    let (block, block_codes, super_block, codes) = round(&x);
+    assert_eq!((block.scale, block.sum, block.code_sum, block_codes), (0.0, 0.0, 0, [0; BLOCK_LEN]));
     assert_eq!((super_block.scale, super_block.sums_16, codes.0), (0.0, [0; 16], [0; CODES_LEN]));
     (x[0], x[1], x[2], x[16], x[40]) = (-12.7, 0.25, 0.349, 12.6, 25.4);
-    let (block, super_block, codes) = round(&x);
-    assert_eq!(block.codes[..3], [-127, 2, 3], "nearest, ties to even");
+    let (block, block_codes, super_block, codes) = round(&x);
+    assert_eq!(block_codes[..3], [-127, 2, 3], "nearest, ties to even");
     assert_eq!(block.code_sum, -127 + 2 + 3 + 126);
     assert_eq!(codes.0[..3], [-64, 1, 2]);
     assert_eq!(super_block.sums_16[..3], [-61, 63, 127]);
     assert_eq!(super_block.sums_32[..2], [2, 127]);
     // Smaller than any normal number times 127: must not become NaN.
-    let (block, super_block, _) = round(&[1e-44; SUPER_BLOCK_LEN]);
+    let (block, _, super_block, _) = round(&[1e-44; SUPER_BLOCK_LEN]);
     assert!(block.scale.is_finite() && block.sum.is_finite() && super_block.scale.is_finite());
     // A fault upstream stays visible.
     for bad in [f32::NAN, f32::INFINITY] {
         x[7] = bad;
-        let (block, super_block, _) = round(&x);
+        let (block, _, super_block, _) = round(&x);
         assert!(!block.scale.is_finite() && !super_block.scale.is_finite());
     }
 }

@@ -4,7 +4,6 @@
 //! AVX-VNNI, where the processor has it, does away with that.
 
 use super::Simd;
-use crate::activations::Block;
 use std::arch::x86_64::*;
 
 /// Eight rows in 256-bit registers. With `VNNI`, `vpdpbusd` and `vpdpwssd` of AVX-VNNI do the products: they add four
@@ -237,15 +236,21 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(bits: u32, w: &[__m256i; 8], x: [*const Block; T]) -> [__m256; T] {
+    unsafe fn dot<const T: usize>(
+        bits: u32,
+        zero: u8,
+        w: &[__m256i; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
             let mut dots = [_mm256_setzero_ps(); T];
             for t in 0..T {
-                let x = (&raw const (*x[t]).codes).cast();
+                let first = _mm256_set1_epi32(-i32::from(zero) * x_sums[t]);
                 dots[t] = _mm256_cvtepi32_ps(match VNNI {
-                    true => dot_vnni(w, x, 0..8, _mm256_setzero_si256()),
-                    false => dot32::<false>(bits, w, _mm256_set1_epi16(1), x, 0..8, _mm256_setzero_si256()),
+                    true => dot_vnni(w, x[t], 0..8, first),
+                    false => dot32::<false>(bits, w, _mm256_set1_epi16(1), x[t], 0..8, first),
                 });
             }
             dots
@@ -276,21 +281,20 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn dot_signed<const T: usize>(w: &Signed, x: [*const Block; T]) -> [__m256; T] {
+    unsafe fn dot_signed<const T: usize>(w: &Signed, x: [*const i8; T], x_sums: [i32; T]) -> [__m256; T] {
         // SAFETY: as the trait asks.
         unsafe {
             let mut sums = [w.correction; T];
             if VNNI {
                 for t in 0..T {
-                    let correction = _mm256_set1_epi32(-128 * (*x[t]).code_sum);
-                    sums[t] = dot_vnni(&w.magnitudes, (&raw const (*x[t]).codes).cast(), 0..8, correction);
+                    sums[t] = dot_vnni(&w.magnitudes, x[t], 0..8, _mm256_set1_epi32(-128 * x_sums[t]));
                 }
             } else {
                 // Rows of activations take turns: magnitudes and signs do not all fit the registers.
                 for g in 0..8 {
                     let (magnitudes, signs) = (w.magnitudes[g], w.signs[g]);
                     for t in 0..T {
-                        let x = _mm256_xor_si256(codes((&raw const (*x[t]).codes).cast(), g), signs);
+                        let x = _mm256_xor_si256(codes(x[t], g), signs);
                         let products = _mm256_maddubs_epi16(magnitudes, x);
                         sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
                     }

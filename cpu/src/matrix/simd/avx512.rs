@@ -2,7 +2,6 @@
 //! 32 bits without saturation, and takes the activations of all rows from memory as a broadcast.
 
 use super::Simd;
-use crate::activations::Block;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -25,15 +24,19 @@ unsafe fn dot<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], range: Range<
     }
 }
 
-/// The codes of blocks.
+/// `factor * sums[t]` in each lane, for sums of 32 codes.
 #[inline(always)]
-unsafe fn codes<const T: usize>(x: [*const Block; T]) -> [*const i8; T] {
-    let mut codes = [std::ptr::null(); T];
-    for t in 0..T {
-        // SAFETY: the caller's blocks are valid.
-        codes[t] = unsafe { (&raw const (*x[t]).codes).cast() };
+unsafe fn times<const T: usize>(factor: i16, sums: [i32; T]) -> [__m512i; T] {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let mut products = [_mm512_setzero_si512(); T];
+        for t in 0..T {
+            // A sum fits the low 16 bits of its lane; the high ones are multiplied by 0.
+            let factor = _mm512_set1_epi32(i32::from(factor as u16));
+            products[t] = _mm512_madd_epi16(factor, _mm512_set1_epi32(sums[t]));
+        }
+        products
     }
-    codes
 }
 
 /// Sums to f32.
@@ -197,11 +200,17 @@ impl Simd for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(_: u32, w: &[__m512i; 8], x: [*const Block; T]) -> [__m512; T] {
+    unsafe fn dot<const T: usize>(
+        _: u32,
+        zero: u8,
+        w: &[__m512i; 8],
+        x: [*const i8; T],
+        x_sums: [i32; T],
+    ) -> [__m512; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let mut sums = [_mm512_setzero_si512(); T];
-            dot(w, codes(x), 0..8, &mut sums);
+            let mut sums = times::<T>(-i16::from(zero), x_sums);
+            dot(w, x, 0..8, &mut sums);
             to_f32(sums)
         }
     }
@@ -217,15 +226,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_signed<const T: usize>(w: &[__m512i; 8], x: [*const Block; T]) -> [__m512; T] {
+    unsafe fn dot_signed<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], x_sums: [i32; T]) -> [__m512; T] {
         // SAFETY: as the trait asks.
         unsafe {
-            let mut sums = [_mm512_setzero_si512(); T];
-            for t in 0..T {
-                // The sum of 32 codes fits the low 16 bits of its lane; the high ones are multiplied by 0.
-                sums[t] = _mm512_madd_epi16(_mm512_set1_epi32(0xff80), _mm512_set1_epi32((*x[t]).code_sum));
-            }
-            dot(w, codes(x), 0..8, &mut sums);
+            let mut sums = times::<T>(-128, x_sums);
+            dot(w, x, 0..8, &mut sums);
             to_f32(sums)
         }
     }

@@ -1,7 +1,6 @@
 //! Plain Rust, any processor: eight rows, loops that a compiler may turn into vectors.
 
 use super::Simd;
-use crate::activations::Block;
 use half::{bf16, f16};
 use std::array::from_fn;
 
@@ -168,18 +167,21 @@ impl Simd for Portable {
         from_fn(|r| a[r] * b[r] + c[r])
     }
     #[inline(always)]
-    unsafe fn dot<const T: usize>(_: u32, w: &[V; 8], x: [*const Block; T]) -> [F; T] {
-        // SAFETY: the caller's blocks are valid.
-        x.map(|x| dot_groups::<false>(w, unsafe { &(*x).codes }).map(|s| s as f32))
+    unsafe fn dot<const T: usize>(_: u32, zero: u8, w: &[V; 8], x: [*const i8; T], x_sums: [i32; T]) -> [F; T] {
+        from_fn(|t| {
+            // SAFETY: the caller's pointers are valid for 32 bytes.
+            let dots = dot_groups::<false>(w, unsafe { &*x[t].cast::<[i8; 32]>() });
+            dots.map(|s| (s - i32::from(zero) * x_sums[t]) as f32)
+        })
     }
     #[inline(always)]
     unsafe fn signed(w: &[V; 8]) -> [V; 8] {
         *w
     }
     #[inline(always)]
-    unsafe fn dot_signed<const T: usize>(w: &[V; 8], x: [*const Block; T]) -> [F; T] {
-        // SAFETY: the caller's blocks are valid.
-        x.map(|x| dot_groups::<true>(w, unsafe { &(*x).codes }).map(|s| s as f32))
+    unsafe fn dot_signed<const T: usize>(w: &[V; 8], x: [*const i8; T], _: [i32; T]) -> [F; T] {
+        // SAFETY: the caller's pointers are valid for 32 bytes.
+        x.map(|x| dot_groups::<true>(w, unsafe { &*x.cast::<[i8; 32]>() }).map(|s| s as f32))
     }
     #[inline(always)]
     unsafe fn scale(p: *const i8) -> [i32; 8] {
