@@ -113,7 +113,7 @@ fn matrix(pool: &rayon::ThreadPool, ty: TensorType, n_rows: usize, n_cols: usize
     bytes.truncate(n_rows * ty.row_bytes(n_cols).expect("whole blocks"));
     let weight = source.add("w", ty, &[n_cols, n_rows], bytes);
     let start = Instant::now();
-    let matrix = pool.install(|| Matrix::pack_rows(&weight, 0..n_rows, &source, isa).expect("memory"));
+    let matrix = pool.install(|| Matrix::pack(&weight, &source, isa).expect("memory"));
     let rate = matrix.n_bytes() as f64 / start.elapsed().as_secs_f64() / 1e9;
     (matrix, rate)
 }

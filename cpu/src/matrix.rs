@@ -48,17 +48,24 @@ pub struct Matrix {
 impl Matrix {
     /// Packs all rows of `weight`. An error where the memory is not there.
     pub fn pack(weight: &Weight, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
-        Self::pack_rows(weight, 0..weight.n_rows(), source, isa)
+        Ok(Self::pack_stack(weight, 1, source, isa)?.swap_remove(0))
     }
 
-    /// Packs rows `rows` of `weight` (counted in the weight's own order), in parallel on the current rayon pool. An
-    /// error where the memory is not there.
-    pub fn pack_rows(weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Result<Self, Error> {
+    /// Packs the `n` matrices of equal size that `weight` is a stack of. They lie side by side, so that a GPU copies
+    /// many at a time, whatever other blocks are packed meanwhile. An error where the memory is not there.
+    pub fn pack_stack(weight: &Weight, n: usize, source: &dyn TensorSource, isa: Isa) -> Result<Vec<Self>, Error> {
+        let n_rows = weight.n_rows() / n;
+        let memory = Storage::stack(n, Self::packed_bytes(n_rows, weight.n_cols, weight.ty, isa))?;
+        let one = |(i, data)| Self::pack_rows(data, weight, i * n_rows..(i + 1) * n_rows, source, isa);
+        Ok(memory.into_iter().enumerate().map(one).collect())
+    }
+
+    /// Packs rows `rows` of `weight` (counted in the weight's own order) into `data`, in parallel on the current rayon
+    /// pool.
+    fn pack_rows(mut data: Storage, weight: &Weight, rows: Range<usize>, source: &dyn TensorSource, isa: Isa) -> Self {
         assert!(isa.is_available(), "packing for {}, which this processor lacks", isa.name());
         assert!(rows.end <= weight.n_rows(), "rows {rows:?} of {}, which has {}", weight.name, weight.n_rows());
         let row_bytes = weight.row_bytes();
-        let n_bytes = Self::packed_bytes(rows.len(), weight.n_cols, weight.ty, isa);
-        let mut data = Storage::zeroed(n_bytes)?;
         let (panel_rows, no_row) = (panel_rows(isa), vec![0; row_bytes]);
         data.par_chunks_exact_mut(panel_rows * row_bytes).take(rows.len().div_ceil(panel_rows)).enumerate().for_each(
             |(panel, out)| {
@@ -71,7 +78,7 @@ impl Matrix {
                 }
             },
         );
-        Ok(Self { isa, ty: weight.ty, n_rows: rows.len(), n_cols: weight.n_cols, data })
+        Self { isa, ty: weight.ty, n_rows: rows.len(), n_cols: weight.n_cols, data }
     }
 
     /// Bytes that a packed matrix takes.

@@ -57,13 +57,11 @@ impl Projection {
             return Err(Error::Unsupported(format!("{} has a bias, which experts do not have", linear.weight.name)));
         }
         let scales = linear.scale.as_ref().map(|s| vector(s, source));
-        let n_out = linear.weight.n_rows() / n;
-        let one = |e: usize| {
-            let matrix = Matrix::pack_rows(&linear.weight, e * n_out..(e + 1) * n_out, source, isa)?;
+        let one = |(e, matrix): (usize, Matrix)| {
             let scale = scales.as_ref().map_or(1.0, |s| s[e.min(s.len() - 1)]);
-            Ok(Self { matrix: Arc::new(matrix), scale, bias: Box::default() })
+            Self { matrix: Arc::new(matrix), scale, bias: Box::default() }
         };
-        (0..n).map(one).collect()
+        Ok(Matrix::pack_stack(&linear.weight, n, source, isa)?.into_iter().enumerate().map(one).collect())
     }
 
     /// Form of activations that the matrix reads.

@@ -47,6 +47,13 @@ impl Storage {
         Ok(Self { mapping, start, len })
     }
 
+    /// `n` times `len` zeros side by side, `len` whole cache lines.
+    pub fn stack(n: usize, len: usize) -> Result<Vec<Self>, Error> {
+        assert!(len.is_multiple_of(ALIGN), "{len} bytes are whole cache lines");
+        let Self { mapping, start, .. } = Self::zeroed(n.checked_mul(len).ok_or(Error::WeightMemory { bytes: len })?)?;
+        Ok((0..n).map(|i| Self { mapping: mapping.clone(), start: start + i * len, len }).collect())
+    }
+
     /// Ends the current mapping: what is allocated later shares none with what was allocated before.
     pub fn end_mapping() {
         *CURRENT.lock().unwrap_or_else(PoisonError::into_inner) = None;
