@@ -163,7 +163,7 @@ fn extreme_codes_do_not_saturate() {
     }
 }
 
-/// A stack whose rows are cut out of a larger tensor: its matrices lie side by side, as a GPU wants them for its copies.
+/// A stack whose rows are cut out of a larger tensor: its matrices lie side by side, as copies to a GPU want them.
 #[test]
 fn packs_stacks_side_by_side() {
     let (n_cols, mut rng, mut source) = (256, Rng::new(5), Buffers::default());
