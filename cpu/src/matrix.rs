@@ -55,6 +55,7 @@ impl Matrix {
     /// many at a time, whatever other blocks are packed meanwhile. An error where the memory is not there.
     pub fn pack_stack(weight: &Weight, n: usize, source: &dyn TensorSource, isa: Isa) -> Result<Vec<Self>, Error> {
         let n_rows = weight.n_rows() / n;
+        assert_eq!(n * n_rows, weight.n_rows(), "rows of {}, a stack of {n}", weight.name);
         let memory = Storage::stack(n, Self::packed_bytes(n_rows, weight.n_cols, weight.ty, isa))?;
         let one = |(i, data)| Self::pack_rows(data, weight, i * n_rows..(i + 1) * n_rows, source, isa);
         Ok(memory.into_iter().enumerate().map(one).collect())

@@ -314,7 +314,7 @@ fn peak_memory() -> Option<u64> {
 fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) -> anyhow::Result<()> {
     let (engine, host) = (&loaded.engine, &loaded.machine.host);
     let (plan, peak) = (engine.plan(), peak_memory()); // before reading takes memory again
-    let after = if args.engine.measures_now() { machine::read_now(plan.threads, plan.isa) } else { None };
+    let after = if args.engine.measures_now() { machine::read_now(plan.threads, host.isa) } else { None };
     let reading = Reading { before: host.read_gb_per_s(plan.threads), after };
     if args.json {
         let object = serde_json::json!({

@@ -47,7 +47,7 @@ pub struct EngineArgs {
     /// Whether the logits of every token of a batch are asked for: `tandem logits`.
     #[arg(skip)]
     pub all_logits: bool,
-    /// Whether to measure how fast the CPU reads now, instead of planning with what is remembered: `tandem bench`.
+    /// Whether to measure what the CPU does now, instead of planning with what is remembered: `tandem bench`.
     #[arg(skip)]
     pub measure_now: bool,
 }
@@ -85,15 +85,16 @@ pub struct Loaded {
 /// A model that does not fit, or weights that cannot be loaded.
 pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow::Result<Loaded> {
     let saved = args.wishes.saved(&opened.model)?;
-    if let Some(plan) = saved.as_ref().filter(|plan| !plan.isa.is_available()) {
-        let (isa, best) = (plan.isa.name(), Isa::detect().name());
+    let saved_isa = saved.as_ref().filter(|plan| plan.devices().contains(&Device::Cpu)).map(|plan| plan.isa);
+    if let Some(isa) = saved_isa.filter(|isa| !isa.is_available()) {
+        let (isa, best) = (isa.name(), Isa::detect().name());
         anyhow::bail!(
             "the plan is for {isa} kernels, the best that this processor has is {best} (make the plan again here)"
         );
     }
     let wishes = Wishes { all_logits: args.all_logits, ..args.wishes.wishes(workload) };
     let options = DeviceOptions {
-        isa: saved.as_ref().map(|plan| plan.isa).or(args.cpu_isa).unwrap_or_else(Isa::detect),
+        isa: saved_isa.or(args.cpu_isa).unwrap_or_else(Isa::detect),
         cuda_libs: args.wishes.cuda_libs.clone(),
         cubin_cache: wishes::cache_dir().map(|folder| folder.join("cubins")),
     };

@@ -79,7 +79,7 @@ pub struct WishArgs {
     #[arg(long, env = "TANDEM_BATCH", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: Option<u32>,
     /// CPU worker threads [default: physical cores that this process may use]
-    #[arg(long, env = "TANDEM_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, env = "TANDEM_THREADS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=plan::THREADS_MAX as i64))]
     pub threads: Option<u32>,
     /// Whether a mixture's experts on the GPU follow the routing, where main memory has room for all [default: on]
     #[arg(long, env = "TANDEM_EXPERT_CACHE", value_name = "on|off")]

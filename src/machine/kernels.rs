@@ -33,23 +33,26 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
     Linear { weight: weight(ty, n_rows, n_cols), scale: None, bias: None }
 }
 
-/// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; none where there is
-/// too little memory.
+/// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; of those for which
+/// there is memory.
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
-    let rates = |types: &[TensorType]| -> Result<Vec<KernelRate>, Error> {
-        let mut blocks = Blocks::new(types, threads, isa, bytes)?;
-        let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
-        let rates = types.iter().zip(decode.into_iter().zip(prompt));
-        let rate = |(&ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
-        Ok(rates.map(rate).collect())
-    };
+    let rates = |types: &[TensorType]| rates(types, threads, isa, bytes);
     // Where there is no memory for all of them, one after the other.
     rates(&TYPES).unwrap_or_else(|_| TYPES.iter().filter_map(|ty| rates(&[*ty]).ok()).flatten().collect())
 }
 
-/// GB/s of one token for each of `types`, which are measured ones: [`KernelRate::decode_gb_per_s`].
-pub(super) fn decode(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<f64>, Error> {
-    Blocks::new(types, threads, isa, bytes)?.decode_gb_per_s()
+/// Rates of `types`, which are measured ones, on `bytes` of weights or a block of each; an error where those would take
+/// more than four times as much: there is no memory for them.
+pub(super) fn rates(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<KernelRate>, Error> {
+    let needed = types.iter().map(|ty| 3 * weight(*ty, N_FF, N_EMBD).n_bytes()).sum();
+    if needed > 4 * bytes {
+        return Err(Error::WeightMemory { bytes: needed });
+    }
+    let mut blocks = Blocks::new(types, threads, isa, bytes)?;
+    let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
+    let rates = types.iter().zip(decode.into_iter().zip(prompt));
+    let rate = |(&ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
+    Ok(rates.map(rate).collect())
 }
 
 /// As many feed-forward blocks of each type; they run type by type, so that one evicts the other from the caches.

@@ -116,7 +116,8 @@ pub fn read_now(threads: usize, isa: Isa) -> Option<f64> {
 
 impl Host {
     /// Measures again what changes from minute to minute where a machine is shared: how fast `threads` threads read
-    /// main memory, and weights of the measured kinds that stand for `types`. They are [`Host::threads`] from then on.
+    /// main memory, and their kernels for the measured types that stand for `types`. They are [`Host::threads`] from
+    /// then on.
     pub fn measure_now(&mut self, threads: usize, types: &[TensorType]) {
         let gb_per_s = read_now(threads, self.isa).unwrap_or_else(|| self.read_gb_per_s(threads));
         let stand_for_types: Vec<TensorType> = types.iter().filter_map(|ty| Some(self.kernel(*ty)?.ty)).collect();
@@ -124,8 +125,8 @@ impl Host {
         let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
         let types: Vec<TensorType> = measured.iter().map(|k| k.ty).collect();
         // Where there is too little memory to measure, what is remembered stays.
-        if let Ok(rates) = kernels::decode(&types, threads, self.isa, bytes_to_read(self.ram_available)) {
-            measured.iter_mut().zip(rates).for_each(|(k, rate)| k.decode_gb_per_s = rate);
+        if let Ok(rates) = kernels::rates(&types, threads, self.isa, bytes_to_read(self.ram_available)) {
+            measured.iter_mut().zip(rates).for_each(|(k, rate)| **k = rate);
         }
         (self.threads, self.read) = (threads, vec![ReadRate { threads, gb_per_s }]);
     }

@@ -21,6 +21,9 @@ use std::ops::Range;
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Ffn, KvDtype, Model, Weight};
 
+/// Most CPU worker threads of a plan.
+pub const THREADS_MAX: usize = 1024;
+
 /// A place where a block can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -224,6 +227,9 @@ impl Plan {
         }
         if [self.n_ctx, self.n_slots, self.n_batch, self.n_logits, self.threads].contains(&0) {
             return Err("context, slots, batch, logits and threads of a plan must be at least 1".into());
+        }
+        if self.threads > THREADS_MAX {
+            return Err(format!("the plan has {} threads, more than {THREADS_MAX}", self.threads));
         }
         for (block, place) in model.blocks.iter().zip(&self.places) {
             let n = n_parts(block);

@@ -292,7 +292,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                         for k in 0..Q::TILES {
                             prefetch::<S>(block.as_ptr(), k, tile_bytes);
                             Q::Tile::<S>::new(Q::tile(block.as_ptr(), k)).apply(x, codes, &mut acc);
-                            (x, codes) = (x.add(n_tokens), codes.add(n_tokens));
+                            (x, codes) = (x.wrapping_add(n_tokens), codes.wrapping_add(n_tokens));
                         }
                     }
                     store::<S>(out, first, panel, m.n_rows, acc[0]);
@@ -303,7 +303,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                             prefetch::<S>(block.as_ptr(), k, tile_bytes);
                             let tile = Q::Tile::<S>::new(Q::tile(block.as_ptr(), k));
                             in_groups!(S, acc[..n], |T, t, acc| tile.apply::<T>(x.add(t), codes.add(t), acc));
-                            (x, codes) = (x.add(n_tokens), codes.add(n_tokens));
+                            (x, codes) = (x.wrapping_add(n_tokens), codes.wrapping_add(n_tokens));
                         }
                     }
                     for (t, acc) in acc[..n].iter().enumerate() {
@@ -346,10 +346,10 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                                 compiler_fence(Ordering::SeqCst);
                             }
                             dot_tile::<S, Q, 1>(&w, tile_scales::<S, Q>(&scales, k), codes, k % 2, &mut sum);
-                            codes = codes.add(k % 2 * n_tokens);
+                            codes = codes.wrapping_add(k % 2 * n_tokens);
                         });
                         acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum[0], acc);
-                        x = x.add(n_tokens);
+                        x = x.wrapping_add(n_tokens);
                     }
                     store::<S>(out, first, panel, m.n_rows, acc);
                 } else {
@@ -364,13 +364,13 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                             in_groups!(S, sums[..n], |T, t, sums| {
                                 dot_tile::<S, Q, T>(&w, scales, codes.add(t), k % 2, sums)
                             });
-                            codes = codes.add(k % 2 * n_tokens);
+                            codes = codes.wrapping_add(k % 2 * n_tokens);
                         }
                         let pairs = pairs::<S, Q>(&scales);
                         for (t, (acc, sum)) in acc[..n].iter_mut().zip(&sums).enumerate() {
                             *acc = finish::<S, Q>(&scales, &pairs, x.add(t), *sum, *acc);
                         }
-                        x = x.add(n_tokens);
+                        x = x.wrapping_add(n_tokens);
                     }
                     for (t, acc) in acc[..n].iter().enumerate() {
                         store::<S>(out, first + t, panel, m.n_rows, *acc);

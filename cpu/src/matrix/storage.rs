@@ -38,9 +38,17 @@ impl Storage {
     pub fn zeroed(len: usize) -> Result<Self, Error> {
         let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
         let room = |m: &Arc<Mapping>| m.memory.len().saturating_sub(m.used.load(Ordering::Relaxed));
+        if len >= MAPPING_BYTES / 2 && current.as_ref().is_none_or(|m| len > room(m)) {
+            // One of its own, and the current one goes on.
+            return Ok(Self {
+                mapping: Arc::new(Mapping { memory: map(len)?, used: AtomicUsize::new(len) }),
+                start: 0,
+                len,
+            });
+        }
         let mapping = match current.take().filter(|m| len <= room(m)) {
             Some(mapping) => mapping,
-            None => Arc::new(Mapping { memory: map(len.max(MAPPING_BYTES))?, used: AtomicUsize::new(0) }),
+            None => Arc::new(Mapping { memory: map(MAPPING_BYTES)?, used: AtomicUsize::new(0) }),
         };
         let start = mapping.used.fetch_add(len.next_multiple_of(ALIGN), Ordering::Relaxed);
         *current = Some(mapping.clone()).filter(|m| room(m) > 0);

@@ -119,6 +119,7 @@ fn products_match_the_exact_decode() {
             }
             check(ty, isa, 67, 1024, 1);
             check(ty, isa, 67, 3584, 13);
+            check(ty, isa, 17, 3584, 353); // more than share decoded weights
         }
     }
 }
@@ -126,6 +127,8 @@ fn products_match_the_exact_decode() {
 /// Extreme codes and activations of one sign: the largest sums that 16-bit accumulators meet.
 #[test]
 fn extreme_codes_do_not_saturate() {
+    /// Enough for tiles.
+    const N_TOKENS: usize = 33;
     for isa in isas() {
         for ty in types().filter(|ty| ty.is_quantised()) {
             let geometry = ty.row();
@@ -144,12 +147,12 @@ fn extreme_codes_do_not_saturate() {
                 let mut source = Buffers::default();
                 let weight = source.add("w", ty, &[n_cols, 8], bytes);
                 let matrix = Matrix::pack(&weight, &source, isa).expect("memory");
-                let x: Vec<f32> = (0..3 * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols]).collect();
+                let x: Vec<f32> = (0..N_TOKENS * n_cols).map(|i| [1.0, -1.0, 0.5][i / n_cols % 3]).collect();
                 let buffer = ActivationBuffer::new(x.len(), Forms::of(ty)).expect("memory");
                 let (activations, rounded) = activations(&buffer, ty, &x, n_cols);
-                let mut out = Poisoned::new(3 * 8);
+                let mut out = Poisoned::new(N_TOKENS * 8);
                 // SAFETY: the output is a buffer of this thread.
-                let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, 3, 0..8) };
+                let rows = unsafe { OutRows::new(out.out().as_mut_ptr(), 8, N_TOKENS, 0..8) };
                 matrix.mul(0..matrix.n_panels(), &activations, &rows);
                 let want = product(&w, &rounded, n_cols);
                 // Relative to the sum of magnitudes: scale and minimum may cancel.
