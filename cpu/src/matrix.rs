@@ -26,7 +26,7 @@ use std::array::from_fn;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
-pub(crate) use storage::Storage;
+pub(crate) use storage::{Storage, map_huge};
 use tandem_spec::panel::{Field, PanelMemory, Panels, fields};
 use tandem_spec::{TensorSource, TensorType, Weight};
 

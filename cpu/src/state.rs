@@ -2,6 +2,7 @@
 //! of the largest batch. Owns the layout of that memory, which is one allocation and a few activation buffers; its
 //! size is a pure function of the model and the limits. Refuses memory that cannot be had.
 
+use crate::matrix::map_huge;
 use crate::moe::{self, Routing};
 use crate::projection::MAX_PIECE_ROWS;
 use crate::{ActivationBuffer, Error, Forms, attention, delta_net};
@@ -315,10 +316,7 @@ impl State {
     pub(crate) fn new(layout: Layout) -> Result<Self, Error> {
         let bytes = layout.n_bytes();
         let failed = || Error::Memory { bytes };
-        let memory = layout.len.checked_mul(4).and_then(|n| MmapMut::map_anon(n).ok()).ok_or_else(failed)?;
-        #[cfg(target_os = "linux")]
-        // Advice: a system without huge pages refuses it and works without.
-        let _ = memory.advise(memmap2::Advice::HugePage);
+        let memory = layout.len.checked_mul(4).and_then(|n| map_huge(n).ok()).ok_or_else(failed)?;
         let buffer = |b: BufferSize| ActivationBuffer::new(b.elements, b.forms).map_err(|_| failed());
         let buffers = Buffers {
             normed: buffer(layout.normed)?,

@@ -13,7 +13,7 @@ use crate::error::{During, Error};
 use crate::layout::{self, ExpertSlot};
 use crate::ops::DeviceWeight;
 use crate::stream::{self, Chunk, Event, Pins, Queue};
-use cudarc::driver::{result, sys};
+use cudarc::driver::result;
 use std::sync::Arc;
 use tandem_spec::{Linear, Moe, Panels, TensorType, Weight};
 
@@ -283,19 +283,7 @@ impl Drop for ExpertSlots {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             let _ = self.device.wait("the last step");
-            // SAFETY: the stream is alive.
-            let _ = unsafe { result::stream::synchronize(self.copies.0) };
-        }
-    }
-}
-
-impl Event {
-    /// Whether what was marked last is done.
-    fn is_past(&self) -> Result<bool, Error> {
-        // SAFETY: the event is alive.
-        match unsafe { sys::cuEventQuery(self.0) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            state => state.result().during("copying experts").map(|()| true),
+            let _ = self.device.wait_for(self.copies.0, "the last copies");
         }
     }
 }

@@ -330,6 +330,15 @@ impl Event {
         unsafe { result::event::synchronize(self.0) }.during("waiting for an event")
     }
 
+    /// Whether what was marked last is done.
+    pub fn is_past(&self) -> Result<bool, Error> {
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(self.0) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            state => state.result().during("asking for an event").map(|()| true),
+        }
+    }
+
     /// Lets `stream` go on only when what was marked last is done.
     pub fn hold(&self, stream: sys::CUstream) -> Result<(), Error> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
@@ -545,11 +554,8 @@ impl Drop for Streamer {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             let _ = self.device.wait("the last step");
-            // SAFETY: both streams are alive.
-            unsafe {
-                let _ = result::stream::synchronize(self.copies.0);
-                let _ = result::stream::synchronize(self.sorts.0);
-            }
+            let _ = self.device.wait_for(self.copies.0, "the last copies");
+            let _ = self.device.wait_for(self.sorts.0, "the last copies");
         }
     }
 }

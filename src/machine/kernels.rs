@@ -44,10 +44,6 @@ pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate>
 /// Rates of `types`, which are measured ones, on `bytes` of weights or a block of each; an error where those would take
 /// more than four times as much: there is no memory for them.
 pub(super) fn rates(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<KernelRate>, Error> {
-    let needed = types.iter().map(|ty| 3 * weight(*ty, N_FF, N_EMBD).n_bytes()).sum();
-    if needed > 4 * bytes {
-        return Err(Error::WeightMemory { bytes: needed });
-    }
     let mut blocks = Blocks::new(types, threads, isa, bytes)?;
     let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
     let rates = types.iter().zip(decode.into_iter().zip(prompt));
@@ -77,7 +73,11 @@ impl Blocks {
         };
         let n_bytes = |ty: &TensorType| 3 * weight(*ty, N_FF, N_EMBD).n_bytes();
         let n_bytes: Vec<usize> = types.iter().map(n_bytes).collect();
-        let n_blocks = bytes.div_ceil(n_bytes.iter().sum::<usize>().max(1)).max(1);
+        let of_all: usize = n_bytes.iter().sum();
+        if of_all > 4 * bytes {
+            return Err(Error::WeightMemory { bytes: of_all });
+        }
+        let n_blocks = bytes.div_ceil(of_all.max(1)).max(1);
         let blocks: Vec<_> = types.iter().flat_map(|ty| vec![Block::Ffn(block(ty)); n_blocks]).collect();
         let source = Zeros(vec![0; n_bytes.iter().max().map_or(0, |n| n / 3)]);
         let (n_layers, indices) = (blocks.len(), Vec::from_iter(0..blocks.len()));

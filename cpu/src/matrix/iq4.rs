@@ -2,7 +2,7 @@
 //! of 256 in 8 tiles) d `[R]` f16, scales_h `[R]` u16, scales_l `[4, R]` u8, qs `[8, 4, R, 4]`; MXFP4 e `[R]` u8, qs
 //! `[4, R, 4]`. Nibbles as in Q4_0.
 
-use super::kernel::{Centred, Decoded, Quant, Signed};
+use super::kernel::{Decoded, Quant, Signed, Unsigned};
 use super::q4_0::nibbles;
 use super::simd::Simd;
 
@@ -61,7 +61,7 @@ impl Quant for Iq4Xs {
 impl Quant for Mxfp4 {
     const BLOCK_BYTES: usize = 17;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Centred<S, 5, 12>;
+    type Tile<S: Simd> = Unsigned<S, 5, 12>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {

@@ -65,35 +65,11 @@ pub(super) trait Tile<S: Simd> {
     unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]);
 }
 
-/// Unsigned codes of at most `BITS` <= 6 bits.
-pub(super) struct Affine<S: Simd, const BITS: u32>(Decoded<S>);
+/// Unsigned codes of at most `BITS` <= 6 bits: less `ZERO`, or with offsets where that is 0.
+pub(super) struct Unsigned<S: Simd, const BITS: u32, const ZERO: u8>(Decoded<S>);
 
-impl<S: Simd, const BITS: u32> Tile<S> for Affine<S, BITS> {
-    const ZERO: Option<u8> = None;
-
-    #[inline(always)]
-    unsafe fn new(decoded: Decoded<S>) -> Self {
-        Self(decoded)
-    }
-    #[inline(always)]
-    unsafe fn apply<const T: usize>(&self, x: *const Block, codes: *const BlockCodes, acc: &mut [S::F; T]) {
-        // SAFETY: the caller has the instruction set and valid blocks.
-        unsafe {
-            let dots = S::dot(BITS, 0, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums(x));
-            for t in 0..T {
-                let x = x.add(t);
-                let sum = S::fma(self.0.offset, S::splat((*x).sum), acc[t]);
-                acc[t] = S::fma(dots[t], S::mul(self.0.scale, S::splat((*x).scale)), sum);
-            }
-        }
-    }
-}
-
-/// Unsigned codes of at most `BITS` <= 6 bits, less `ZERO`.
-pub(super) struct Centred<S: Simd, const BITS: u32, const ZERO: u8>(Decoded<S>);
-
-impl<S: Simd, const BITS: u32, const ZERO: u8> Tile<S> for Centred<S, BITS, ZERO> {
-    const ZERO: Option<u8> = Some(ZERO);
+impl<S: Simd, const BITS: u32, const ZERO: u8> Tile<S> for Unsigned<S, BITS, ZERO> {
+    const ZERO: Option<u8> = if ZERO == 0 { None } else { Some(ZERO) };
 
     #[inline(always)]
     unsafe fn new(decoded: Decoded<S>) -> Self {
@@ -105,7 +81,11 @@ impl<S: Simd, const BITS: u32, const ZERO: u8> Tile<S> for Centred<S, BITS, ZERO
         unsafe {
             let dots = S::dot(BITS, ZERO, &self.0.w, consecutive::<_, T>(codes).map(|x| x.cast()), code_sums(x));
             for t in 0..T {
-                acc[t] = S::fma(dots[t], S::mul(self.0.scale, S::splat((*x.add(t)).scale)), acc[t]);
+                let (x, mut sum) = (x.add(t), acc[t]);
+                if ZERO == 0 {
+                    sum = S::fma(self.0.offset, S::splat((*x).sum), sum);
+                }
+                acc[t] = S::fma(dots[t], S::mul(self.0.scale, S::splat((*x).scale)), sum);
             }
         }
     }

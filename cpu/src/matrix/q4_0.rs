@@ -2,7 +2,7 @@
 //! bit i the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column
 //! `16 + 4 i + j` in the high one.
 
-use super::kernel::{Affine, Centred, Decoded, Quant};
+use super::kernel::{Decoded, Quant, Unsigned};
 use super::simd::Simd;
 
 /// The 32 four-bit codes at `qs` `[4, R, 4]`.
@@ -42,7 +42,7 @@ pub(super) struct Q5_1;
 impl Quant for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Centred<S, 4, 8>;
+    type Tile<S: Simd> = Unsigned<S, 4, 8>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
@@ -54,7 +54,7 @@ impl Quant for Q4_0 {
 impl Quant for Q4_1 {
     const BLOCK_BYTES: usize = 20;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Affine<S, 4>;
+    type Tile<S: Simd> = Unsigned<S, 4, 0>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
@@ -72,7 +72,7 @@ impl Quant for Q4_1 {
 impl Quant for Q5_0 {
     const BLOCK_BYTES: usize = 22;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Affine<S, 5>;
+    type Tile<S: Simd> = Unsigned<S, 5, 0>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {
@@ -91,7 +91,7 @@ impl Quant for Q5_0 {
 impl Quant for Q5_1 {
     const BLOCK_BYTES: usize = 24;
     const TILES: usize = 1;
-    type Tile<S: Simd> = Affine<S, 5>;
+    type Tile<S: Simd> = Unsigned<S, 5, 0>;
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(p: *const u8, _: usize) -> Decoded<S> {

@@ -76,11 +76,19 @@ impl Storage {
 }
 
 fn map(len: usize) -> Result<MmapRaw, Error> {
-    let mapping = MmapMut::map_anon(len).map_err(|_| Error::WeightMemory { bytes: len })?;
+    map_huge(len).map(MmapRaw::from).map_err(|_| Error::WeightMemory { bytes: len })
+}
+
+/// `len` bytes of zeros, in huge pages where the system has them.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn map_huge(len: usize) -> std::io::Result<MmapMut> {
+    let mapping = MmapMut::map_anon(len)?;
     #[cfg(target_os = "linux")]
     // Advice: a system without huge pages refuses it and works without.
     let _ = mapping.advise(memmap2::Advice::HugePage);
-    Ok(mapping.into())
+    Ok(mapping)
 }
 
 impl Deref for Storage {
