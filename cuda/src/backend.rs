@@ -761,6 +761,9 @@ impl Backend {
                 op.choose(step)?;
                 give(Some(op.chosen(step)))?;
                 op.add(step)?;
+                if let (Some(mailbox), Some(next)) = (mailbox.filter(|_| step.n_tokens == 1), self.next_mixture(i)) {
+                    next.foresee(step, mailbox)?;
+                }
             }
             (_, Some(tables)) => {
                 give(None)?;
@@ -772,6 +775,15 @@ impl Backend {
             }
         }
         mailbox.map_or(Ok(()), |mailbox| self.handover.take(step.device, mailbox, step.x, n, step.n_tokens, true))
+    }
+
+    /// The mixture that the workers share in next after their share of block `i`, if that is what they do next.
+    fn next_mixture(&self, i: usize) -> Option<&MoeOp> {
+        let next = self.host_tasks.iter().skip_while(|t| !(t.at == i && t.is_share)).nth(1)?;
+        match self.ops.get(next.at) {
+            Some(Op::Moe(op)) if next.is_share => Some(op),
+            _ => None,
+        }
     }
 
     /// After a step of both sides that one of them ended: both begin anew.

@@ -195,3 +195,9 @@ DEVICE void quantise_unit(float v, i8* codes, Q8Head* heads, u64 i) {
         heads[i / 32] = head;
     }
 }
+
+// Marks a chosen expert that the CPU workers leave to this GPU.
+#define ELSEWHERE 0x80000000u
+
+// Writes a flag in host memory: whoever sees it sees what was written before.
+DEVICE void store_flag(u32* p, u32 v) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }

@@ -36,7 +36,6 @@ struct TakeArgs {
 };
 static_assert(sizeof(TakeArgs) == TAKE_ARGS, "TakeArgs differs from handoff.rs");
 
-#define ELSEWHERE 0x80000000u
 #define ABORTED 0xffffffffu
 #define N_STAMPS 1024u
 // Times of a hand-over, as in handoff.rs: the input is complete; it is given; the wait begins; it ends; all is taken.
@@ -55,8 +54,6 @@ DEVICE u32 load_flag(const u32* p) {
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
-
-DEVICE void store_flag(u32* p, u32 v) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 
 DEVICE float4 load_host(const float4* p) {
     float4 v;

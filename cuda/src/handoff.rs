@@ -187,9 +187,13 @@ enum Flag {
     Done,
     /// The GPU waited in vain.
     Fault,
+    /// Number of a hand-over to come, and in the same cache line the experts that it will probably be about.
+    Foreseen,
 }
 
-const FLAG_BYTES: usize = 3 * 128;
+const FLAG_BYTES: usize = 4 * 128;
+/// Experts beside the number of a hand-over in its cache line.
+pub(crate) const FORESEEN: usize = 31;
 
 /// Pinned memory that GPU and workers see, and the count of hand-overs on both sides.
 pub struct Mailbox {
@@ -318,7 +322,7 @@ impl Mailbox {
     pub fn wait(&self, base: u32, i: usize, n_tokens: usize, is_alive: &dyn Fn() -> bool) -> bool {
         let wanted = base.wrapping_add(i as u32 + 1);
         let (start, mut spins) = (Instant::now(), 0u32);
-        while (self.atomic(Flag::Ready).load(Ordering::Acquire).wrapping_sub(wanted) as i32) < 0 {
+        while !self.is_ready(base, i) {
             std::hint::spin_loop();
             spins = spins.wrapping_add(1);
             if spins.is_multiple_of(1 << 16) {
@@ -334,6 +338,33 @@ impl Mailbox {
         }
         self.stamp(wanted, 0);
         true
+    }
+
+    /// Whether hand-over `i` of the step that began at `base` is complete.
+    pub fn is_ready(&self, base: u32, i: usize) -> bool {
+        self.atomic(Flag::Ready).load(Ordering::Acquire).wrapping_sub(base.wrapping_add(i as u32 + 1)) as i32 >= 0
+    }
+
+    /// The `n` experts that hand-over `i` of the step that began at `base` will probably be about, the likeliest first,
+    /// marked as those that are handed over; `None` where the GPU has not said. A worker that asks when the hand-over is
+    /// long complete may get those of the next.
+    pub fn foreseen(&self, base: u32, i: usize, n: usize) -> Option<impl Iterator<Item = u32>> {
+        assert!(n <= FORESEEN);
+        let line: *const AtomicU32 = self.host(self.flag(Flag::Foreseen));
+        // SAFETY: the line lies within the allocation and is never accessed but atomically.
+        let line = unsafe { std::slice::from_raw_parts(line, 1 + FORESEEN) };
+        let is_of_it = line[0].load(Ordering::Acquire) == base.wrapping_add(i as u32 + 1);
+        is_of_it.then(|| line[1..=n].iter().map(|id| id.load(Ordering::Relaxed)))
+    }
+
+    /// Where the GPU says what it foresees.
+    pub(crate) fn foreseen_ptr(&self) -> Ptr {
+        self.flag(Flag::Foreseen)
+    }
+
+    /// Hand-overs so far, on the device.
+    pub(crate) fn count_ptr(&self) -> Ptr {
+        self.counters
     }
 
     /// Says that hand-over `i` of the step that began at `base` is answered.
@@ -364,7 +395,7 @@ impl Mailbox {
             self.base.store(base, Ordering::Relaxed);
             return true;
         }
-        for flag in [Flag::Ready, Flag::Done, Flag::Fault] {
+        for flag in [Flag::Ready, Flag::Done, Flag::Fault, Flag::Foreseen] {
             self.atomic(flag).store(0, Ordering::Release);
         }
         self.base.store(0, Ordering::Relaxed);

@@ -1,6 +1,6 @@
-// Mixture of experts for single tokens. moe_route: router, softmax, the n_used largest and their weights, the shared
-// expert's gate; moe_gate_up: silu(gate) * up of all chosen experts and the shared one in one grid; moe_down: their
-// weighted sum onto the residual stream. Reads the chosen experts' weights once.
+// Mixture of experts for single tokens. moe_route: norm, router, softmax, the n_used largest and their weights, the
+// shared expert's gate; moe_gate_up: silu(gate) * up of all chosen experts and the shared one in one grid; moe_down:
+// their weighted sum onto the residual stream. Reads the chosen experts' weights once.
 // Set by the compiler: N (width), N_EXPERTS, N_USED, N_FF, N_FF_SHARED (0: none), TYPE_GATE, TYPE_UP, TYPE_DOWN and the
 // same of the shared expert (TYPE_GATE_S ...).
 #include "rows.cuh"
@@ -12,9 +12,11 @@ struct Expert {
 };
 
 struct MoeArgs {
-    const float* h;        // [n_tokens, N]
-    const i8* codes;       // [n_tokens, N]
-    const Q8Head* heads;
+    const float* norm;     // [N]
+    u32* begun;            // host: gets `block`
+    float* h;              // [n_tokens, N], or null: no expert takes floats
+    i8* codes;             // [n_tokens, N], or null: no expert takes codes
+    Q8Head* heads;
     const float* router;   // [N_EXPERTS, N]
     const float* gate_shared;  // [N], or null
     const u64* table;      // [N_EXPERTS]: address of each expert's slot, 0: not on this GPU
@@ -29,70 +31,142 @@ struct MoeArgs {
     i8* act_codes;         // the same, for quantised down matrices
     Q8Head* act_heads;     // [n_tokens, N_USED + 1, FF_STRIDE / 32]
     float* x;              // [n_tokens, N]
+    float eps;
+    u32 block;             // of the model, which begins here
 };
 static_assert(sizeof(MoeArgs) == MOE_ARGS, "MoeArgs differs from moe.rs");
 
+#define ROUTE_ROWS 2
+#define ROUTE_THREADS (ROUTE_ROWS * 64)
+#define ROUTE_BLOCKS ((N_EXPERTS + ROUTE_ROWS) / ROUTE_ROWS)
 #define PER_LANE ((N_EXPERTS + WARP - 1) / WARP)
 #define FF_MAX (N_FF > N_FF_SHARED ? N_FF : N_FF_SHARED)
 #define FF_STRIDE ((FF_MAX + 31) / 32 * 32)
 
-// Grid (ceil((N_EXPERTS + 1) / ROUTE_ROWS), n_tokens): two warps per expert; the last block of a token chooses.
-#define ROUTE_ROWS 2
-KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
+// RMS norm of token `t` by one block, in the forms that the experts take.
+DEVICE void norm_row(const MoeArgs& a, u64 t) {
+    __shared__ float scratch[33];
+    const float* x = a.x + t * N;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < N; i += ROUTE_THREADS) sum += x[i] * x[i];
+    const float scale = rsqrtf(block_sum(sum, scratch) / (float)N + a.eps);
+    if (a.h)
+        for (int i = threadIdx.x; i < N; i += ROUTE_THREADS) a.h[t * N + i] = x[i] * scale * a.norm[i];
+#if N % 32 == 0
+    if (!a.codes) return;
+#pragma unroll
+    for (int first = 0; first < N / 4; first += ROUTE_THREADS) {
+        // Lanes beyond the row take part in the exchange of the others' units, and write nothing.
+        const int i = first + threadIdx.x, at = min(i, N / 4 - 1);
+        const float4 v = reinterpret_cast<const float4*>(x)[at], w = reinterpret_cast<const float4*>(a.norm)[at];
+        const float4 y = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+        quantise_four(y, a.codes + t * N, a.heads + t * (N / 32), 4 * (u64)i, i < N / 4);
+    }
+#endif
+}
+
+// A float as a number that orders as it does, NaN before all others.
+DEVICE u32 ordered(float f) {
+    const u32 u = __float_as_uint(f);
+    return f != f ? 0 : u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+DEVICE u32 warp_max(u32 v) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL, v);
+#else
+#pragma unroll
+    for (int o = WARP / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(FULL, v, o));
+    return v;
+#endif
+}
+
+// What a lane of the block that has chosen knows: the expert that comes `lane`-th, its slot and its weight (lane
+// N_USED: the weight of the shared expert).
+struct Choice {
+    int id;
+    u64 slot;
+    float weight;
+};
+
+// By ROUTE_BLOCKS blocks, two warps per expert; true in the first warp of the last of them to finish, which has chosen
+// for token `t`. The norm is inside: logit = scale * sum of router * norm * x.
+DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
     __shared__ bool last;
-    __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS * 2];
+    __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS][2], squares[ROUTE_ROWS][2];
     __shared__ u64 table[N_EXPERTS];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, e = blockIdx.x * ROUTE_ROWS + warp / 2;
-    const u64 t = blockIdx.y;
-    let_next_start();
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, half = warp % 2, e = blockIdx.x * ROUTE_ROWS + warp / 2;
     // The table is no input of the step, and would have to come from memory when the experts are chosen.
     if (blockIdx.x == 0 && t == 0)
-        for (int i = threadIdx.x * 16; i < N_EXPERTS; i += blockDim.x * 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + i));
-    wait_for_inputs();
+        for (int i = threadIdx.x * 16; i < N_EXPERTS; i += ROUTE_THREADS * 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + i));
     float* logits = a.logits + t * (N_EXPERTS + 1);
-    const bool is_row = e < N_EXPERTS || (e == N_EXPERTS && a.gate_shared);
-    float sum = 0.0f;
-    if (is_row) {
-        const float* w = e < N_EXPERTS ? a.router + (u64)e * N : a.gate_shared;
-        const float* h = a.h + t * N;
-        if constexpr (N % 4 == 0) {
-#pragma unroll 8
-            for (int i = warp % 2 * WARP + lane; i < N / 4; i += 2 * WARP) {
-                const float4 x = reinterpret_cast<const float4*>(w)[i], y = reinterpret_cast<const float4*>(h)[i];
-                sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-            }
-        } else {
-            for (int i = warp % 2 * WARP + lane; i < N; i += 2 * WARP) sum += w[i] * h[i];
-        }
+    const float* w = e < N_EXPERTS ? a.router + (u64)e * N : e == N_EXPERTS ? a.gate_shared : nullptr;
+    const float* x = a.x + t * N;
+    float sum = 0.0f, square = 0.0f;
+#if N % 4 == 0
+    // Weights are there before the inputs are.
+    constexpr int LOADS = (N / 4 + 2 * WARP - 1) / (2 * WARP);
+    float4 weights[LOADS];
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) {
+        const int i = (2 * j + half) * WARP + lane;
+        const bool here = w && i < N / 4;
+        const float4 of_w = here ? reinterpret_cast<const float4*>(w)[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const float4 of_norm = here ? reinterpret_cast<const float4*>(a.norm)[i] : of_w;
+        weights[j] = make_float4(of_w.x * of_norm.x, of_w.y * of_norm.y, of_w.z * of_norm.z, of_w.w * of_norm.w);
     }
+    wait_for_inputs();
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) {
+        const int i = (2 * j + half) * WARP + lane;
+        const float4 v = i < N / 4 ? reinterpret_cast<const float4*>(x)[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        sum += weights[j].x * v.x + weights[j].y * v.y + weights[j].z * v.z + weights[j].w * v.w;
+        square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+#else
+    wait_for_inputs();
+    for (int i = half * WARP + lane; i < N; i += 2 * WARP) {
+        if (w) sum += w[i] * a.norm[i] * x[i];
+        square += x[i] * x[i];
+    }
+#endif
     sum = warp_sum(sum);
-    if (lane == 0) halves[warp] = sum;
+    square = warp_sum(square);
+    if (lane == 0) {
+        halves[warp / 2][half] = sum;
+        squares[warp / 2][half] = square;
+    }
     __syncthreads();
-    if (is_row && lane == 0 && warp % 2 == 0) logits[e] = halves[warp] + halves[warp + 1];
-    __threadfence();
+    if (threadIdx.x == 0) {
+        const float scale = rsqrtf((squares[0][0] + squares[0][1]) / (float)N + a.eps);
+#pragma unroll
+        for (int i = 0; i < ROUTE_ROWS; i++)
+            if (e + i <= N_EXPERTS) __stcg(logits + e + i, scale * (halves[i][0] + halves[i][1]));
+        __threadfence();
+        last = atomicAdd(a.done + t, 1u) == ROUTE_BLOCKS - 1;
+    }
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(a.done + t, 1u) == gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
+    if (!last) return false;
     __threadfence();
     // All loads first: one wait for the cache.
-    constexpr int THREADS = ROUTE_ROWS * 64, PER_THREAD = (N_EXPERTS + THREADS - 1) / THREADS;
+    constexpr int PER_THREAD = (N_EXPERTS + ROUTE_THREADS - 1) / ROUTE_THREADS;
     float of_p[PER_THREAD];
     u64 of_table[PER_THREAD];
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
-        const int i = min(j * THREADS + (int)threadIdx.x, N_EXPERTS - 1);
+        const int i = min(j * ROUTE_THREADS + (int)threadIdx.x, N_EXPERTS - 1);
         of_p[j] = __ldcg(logits + i);
         of_table[j] = __ldcg(a.table + i);
     }
+    const float gate = a.gate_shared ? __ldcg(logits + N_EXPERTS) : INFINITE;
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
-        const int i = min(j * THREADS + (int)threadIdx.x, N_EXPERTS - 1);
+        const int i = min(j * ROUTE_THREADS + (int)threadIdx.x, N_EXPERTS - 1);
         p[i] = of_p[j];
         table[i] = of_table[j];
     }
     __syncthreads();
-    if (warp != 0) return;
+    if (warp != 0) return false;
     if (lane == 0) a.done[t] = 0;
     // Softmax of the chosen logits equals that of all, renormalised; the clamp of the sum needs the full one.
     float best = -INFINITE, total = 0.0f;
@@ -100,46 +174,73 @@ KERNEL __launch_bounds__(ROUTE_ROWS * 64) moe_route(const MoeArgs a) {
     best = warp_max(best);
     for (int i = lane; i < N_EXPERTS; i += WARP) total += __expf(p[i] - best);
     total = warp_sum(total);
-    float chosen_sum = 0.0f, mine = 0.0f, left[PER_LANE];
-    int id = 0;
+    u32 left[PER_LANE];
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) left[j] = j * WARP + lane < N_EXPERTS ? p[j * WARP + lane] : -INFINITE;
+    for (int j = 0; j < PER_LANE; j++) left[j] = j * WARP + lane < N_EXPERTS ? ordered(p[j * WARP + lane]) : 0;
+    int id = 0;
+#pragma unroll 1
     for (int k = 0; k < N_USED; k++) {
         // Largest logit, ties to the lower index; NaN is never chosen while anything else is left.
-        float top = -INFINITE;
-        int at = N_EXPERTS;
+        u32 top = 0;
+        int at = 0;
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++)
-            if (left[j] > top) {
+        for (int j = PER_LANE - 1; j >= 0; j--)
+            if (left[j] >= top) {
                 top = left[j];
                 at = j * WARP + lane;
             }
-#pragma unroll
-        for (int o = WARP / 2; o > 0; o >>= 1) {
-            const float other = __shfl_xor_sync(FULL, top, o);
-            const int other_at = __shfl_xor_sync(FULL, at, o);
-            if (other > top || (other == top && other_at < at)) {
-                top = other;
-                at = other_at;
-            }
-        }
-        const float w = __expf(top - best) / total;
-        chosen_sum += w;
-        if (lane == k) {
-            mine = w;
-            id = min(at, N_EXPERTS - 1);
-        }
+        const u32 most = warp_max(top);
+        at = (int)~warp_max(top == most ? ~(u32)at : 0u);
+        if (lane == k) id = min(at, N_EXPERTS - 1);
 #pragma unroll
         for (int j = 0; j < PER_LANE; j++)
-            if (at == j * WARP + lane) left[j] = -INFINITE;
+            if (at == j * WARP + lane) left[j] = 0;
     }
+    const float mine = lane < N_USED ? __expf(p[id] - best) / total : 0.0f, chosen_sum = warp_sum(mine);
     static_assert(N_USED < WARP, "one lane per chosen expert");
-    if (lane < N_USED) {
-        a.ids[t * N_USED + lane] = id;
-        a.slots[t * N_USED + lane] = table[id];
-        a.weights[t * (N_USED + 1) + lane] = mine / fmaxf(chosen_sum, 0.00006103515625f);
+    choice.id = id;
+    choice.slot = table[id];
+    choice.weight = lane < N_USED ? mine / fmaxf(chosen_sum, 0.00006103515625f) : sigmoid(gate);
+    return true;
+}
+
+// Grid (ROUTE_BLOCKS + 1, n_tokens): one block more writes the norm for the experts.
+KERNEL __launch_bounds__(ROUTE_THREADS) moe_route(const MoeArgs a) {
+    const u64 t = blockIdx.y;
+    const int lane = threadIdx.x;
+    let_next_start();
+    if (blockIdx.x == ROUTE_BLOCKS) {
+        wait_for_inputs();
+        if (t == 0 && lane == 0) *a.begun = a.block;
+        norm_row(a, t);
+        return;
     }
-    if (lane == N_USED) a.weights[t * (N_USED + 1) + lane] = a.gate_shared ? sigmoid(__ldcg(logits + N_EXPERTS)) : 1.0f;
+    Choice choice;
+    if (!route(a, t, choice)) return;
+    if (lane < N_USED) {
+        a.ids[t * N_USED + lane] = choice.id;
+        a.slots[t * N_USED + lane] = choice.slot;
+    }
+    if (lane <= N_USED) a.weights[t * (N_USED + 1) + lane] = choice.weight;
+}
+
+struct ForeseeArgs {
+    MoeArgs moe;           // of the next mixture
+    u32* foreseen;         // host: number of the hand-over that this is about, then its experts [N_USED]
+    const u32* count;      // hand-overs so far
+};
+static_assert(sizeof(ForeseeArgs) == FORESEE_ARGS, "ForeseeArgs differs from moe.rs");
+
+// Grid (ROUTE_BLOCKS): the residual stream changes little from block to block, and what the next mixture would choose now
+// is most of what it will choose. The CPU workers, for whom this is, read the weights while they wait.
+KERNEL __launch_bounds__(ROUTE_THREADS) moe_foresee(const ForeseeArgs a) {
+    let_next_start();
+    Choice choice;
+    if (!route(a.moe, 0, choice)) return;
+    if (threadIdx.x < N_USED) a.foreseen[1 + threadIdx.x] = choice.slot ? choice.id | ELSEWHERE : choice.id;
+    __threadfence_system();
+    __syncwarp();
+    if (threadIdx.x == 0) store_flag(a.foreseen, *a.count + 1);
 }
 
 #define KSPLIT (N >= 4096 ? 4 : N >= 2048 ? 2 : 1)

@@ -1,13 +1,13 @@
-//! `Moe` on the GPU: norm, then `moe.cu` (router and choice; gate and up of all chosen experts and the shared one;
-//! their weighted sum onto the residual stream). Routed experts are found through a table of addresses; those that are
+//! `Moe` on the GPU, `moe.cu`: norm, router and choice; gate and up of all chosen experts and the shared one; their
+//! weighted sum onto the residual stream. Routed experts are found through a table of addresses; those that are
 //! not on this GPU add nothing. Refuses more than 31 experts per token.
 
 use crate::arena::Ptr;
 use crate::compile::{Args, Function, Launch, Program};
 use crate::error::Error;
-use crate::handoff::Chosen;
+use crate::handoff::{Chosen, FORESEEN, Mailbox};
 use crate::layout::ExpertSlot;
-use crate::ops::{DeviceWeight, Linker, Norm, Step};
+use crate::ops::{DeviceWeight, Linker, Step};
 use tandem_spec::{Linear, Moe};
 
 #[repr(C)]
@@ -47,6 +47,8 @@ pub(crate) fn routed(b: &Moe<DeviceWeight>) -> [Linear<DeviceWeight>; 3] {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct MoeArgs {
+    norm: Ptr,
+    begun: Ptr,
     h: Ptr,
     codes: Ptr,
     heads: Ptr,
@@ -64,9 +66,21 @@ struct MoeArgs {
     act_codes: Ptr,
     act_heads: Ptr,
     x: Ptr,
+    eps: f32,
+    block: u32,
 }
 // SAFETY: mirrors MoeArgs in moe.cu, which compares sizes.
 unsafe impl Args for MoeArgs {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ForeseeArgs {
+    moe: MoeArgs,
+    foreseen: Ptr,
+    count: Ptr,
+}
+// SAFETY: mirrors ForeseeArgs in moe.cu, which compares sizes.
+unsafe impl Args for ForeseeArgs {}
 
 /// Outputs of a block of `moe_gate_up`: two rows per group of warps that share the columns, as KSPLIT in moe.cu.
 fn outputs_per_block(n_embd: usize) -> usize {
@@ -82,8 +96,11 @@ pub(crate) struct MoeOp {
     block: Moe<DeviceWeight>,
     /// `[n_experts]` u64: addresses of slots.
     table: Ptr,
-    norm: Norm,
+    /// Which forms of the norm the experts take.
+    floats: bool,
+    codes: bool,
     route: Function,
+    foresee: Function,
     gate_up: Function,
     down: Function,
 }
@@ -92,13 +109,15 @@ impl MoeOp {
     /// `table` `[n_experts]` u64: where the slots of the routed experts are, 0: not here.
     pub fn new(linker: &mut Linker, block: Moe<DeviceWeight>, table: Ptr) -> Result<Self, Error> {
         let s = &block.shape;
-        if s.n_used > 31 {
-            return Err(Error::Unsupported(format!("{} experts per token: the GPU kernels take at most 31", s.n_used)));
+        if s.n_used > FORESEEN {
+            let reason = format!("{} experts per token: the GPU kernels take at most {FORESEEN}", s.n_used);
+            return Err(Error::Unsupported(reason));
         }
         let routed = block.stacks();
         let shared = block.shared.as_ref().map(|e| [&e.ffn_gate_shexp, &e.ffn_up_shexp, &e.ffn_down_shexp]);
         let mut program = Program::new("moe.cu", include_str!("moe.cu"))
             .args::<MoeArgs>("MOE_ARGS")
+            .args::<ForeseeArgs>("FORESEE_ARGS")
             .define("N", s.n_embd)
             .define("N_EXPERTS", s.n_experts)
             .define("N_USED", s.n_used)
@@ -113,8 +132,10 @@ impl MoeOp {
         let mut users = vec![&block.ffn_gate_exps, &block.ffn_up_exps];
         users.extend(shared.iter().flat_map(|s| &s[..2]));
         Ok(Self {
-            norm: Norm::new(linker, &block.ffn_norm, s.rms_eps, &users)?.with_floats().with_codes(),
+            floats: !users.iter().all(|l| l.weight.ty.is_quantised()),
+            codes: users.iter().any(|l| l.weight.ty.is_quantised()),
             route: linker.function(program.clone(), "moe_route", 0)?,
+            foresee: linker.function(program.clone(), "moe_foresee", 0)?,
             gate_up: linker.function(program.clone(), "moe_gate_up", 0)?,
             down: linker.function(program, "moe_down", 0)?,
             block,
@@ -124,11 +145,24 @@ impl MoeOp {
 
     /// Queues the norm, the router and the choice of experts.
     pub fn choose(&self, step: &Step) -> Result<(), Error> {
-        let (s, device, n) = (&self.block.shape, step.device, step.n_tokens);
-        self.norm.launch(step, step.x, Ptr::NULL, &step.hidden, n)?;
-        let args = self.args(step);
-        // SAFETY: buffers hold `n` rows; the counters start as zero; the kernel waits for its inputs.
-        unsafe { self.route.launch_early(device, Launch::grid((s.n_experts + 1).div_ceil(2), n, 1, 128), &args) }
+        let launch = Launch::grid(self.route_blocks() + 1, step.n_tokens, 1, 128);
+        // SAFETY: buffers hold the rows; the counters start as zero; the kernel waits for its inputs.
+        unsafe { self.route.launch_early(step.device, launch, &self.args(step)) }
+    }
+
+    /// Queues a guess, for the workers behind `mailbox`, of the experts that this block will choose when the residual
+    /// stream of the one token at hand has come to it: the hand-over after those so far.
+    pub fn foresee(&self, step: &Step, mailbox: &Mailbox) -> Result<(), Error> {
+        let (foreseen, count) = (mailbox.foreseen_ptr(), mailbox.count_ptr());
+        let args = ForeseeArgs { moe: self.args(step), foreseen, count };
+        // SAFETY: as in `choose`, whose logits and counters are free; a mailbox has room for 31 experts, and `new` refuses
+        // more.
+        unsafe { self.foresee.launch_early(step.device, Launch::new(self.route_blocks(), 128), &args) }
+    }
+
+    /// Blocks of `moe_route` that have a part in the choice of a token.
+    fn route_blocks(&self) -> usize {
+        (self.block.shape.n_experts + 1).div_ceil(2)
     }
 
     /// What [`MoeOp::choose`] leaves behind.
@@ -144,9 +178,12 @@ impl MoeOp {
             shared.map_or(Expert::NONE, |e| Expert::new(f(e)))
         };
         let [gate, up, down] = &routed(b);
+        let only = |wanted: bool, p: Ptr| if wanted { p } else { Ptr::NULL };
         MoeArgs {
-            h: step.hidden.x,
-            codes: step.hidden.codes,
+            norm: b.ffn_norm.ptr,
+            begun: step.begun,
+            h: only(self.floats, step.hidden.x),
+            codes: only(self.codes, step.hidden.codes),
             heads: step.hidden.heads,
             router: b.ffn_gate_inp.ptr,
             gate_shared: shared.and_then(|e| e.ffn_gate_inp_shexp).map_or(Ptr::NULL, |w| w.ptr),
@@ -169,6 +206,8 @@ impl MoeOp {
             act_codes: step.mixed.codes,
             act_heads: step.mixed.heads,
             x: step.x,
+            eps: b.shape.rms_eps,
+            block: step.block as u32,
         }
     }
 

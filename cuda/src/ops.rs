@@ -465,12 +465,6 @@ impl Norm {
         Ok(Self { n, weight: Ptr::NULL, eps: 0.0, floats: false, quantised: true, always_codes: false, function })
     }
 
-    /// Also as floats, whatever the users are.
-    pub fn with_floats(mut self) -> Self {
-        self.floats = true;
-        self
-    }
-
     /// As codes for any number of tokens: for kernels that take no 16-bit numbers.
     pub fn with_codes(mut self) -> Self {
         self.always_codes = true;
