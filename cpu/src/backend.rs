@@ -1,15 +1,16 @@
 //! The backend: packed blocks of a model, and the run of consecutive blocks over a batch. Immutable once loaded.
 //! Refuses batches that the state has no room for.
 
+use crate::ahead::Ahead;
 use crate::attention::AttentionBlock;
 use crate::delta_net::DeltaNetBlock;
 use crate::embed::EmbedBlock;
 use crate::ffn::FfnBlock;
-use crate::handoff::{Choices, Handoff, Task};
+use crate::handoff::{Choices, ELSEWHERE, Handoff, Task};
 use crate::head::HeadBlock;
 use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
-use crate::pool::Pool;
+use crate::pool::{Pool, Worker};
 use crate::projection::{Projection, vector};
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
@@ -23,6 +24,9 @@ use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource,
 
 /// Rows of an embedding that one thread writes while the workers wake up.
 const EMBED_ALONE: usize = 8;
+
+/// How often workers look for a guess of the experts that they will be asked for: some 20 microseconds.
+const GUESS_LOOKS: u32 = 500;
 
 /// What can fail.
 #[derive(Debug, thiserror::Error)]
@@ -383,6 +387,9 @@ impl Backend {
             }
             for (number, task) in tasks.iter().enumerate().skip(n_done) {
                 if let Some(handoff) = handoff {
+                    if task.is_share {
+                        read_ahead(w, here(task.blocks.start), handoff, number);
+                    }
                     if w.index == 0 && !handoff.wait(number) {
                         gave_up.store(true, Ordering::Relaxed);
                     }
@@ -409,6 +416,26 @@ impl Backend {
             }
         });
         Ok(!gave_up.into_inner())
+    }
+}
+
+/// Reads ahead what this worker will multiply first in task `number`, a share of `block`, until its input is there.
+fn read_ahead(w: &Worker, block: &CpuBlock, handoff: &dyn Handoff, number: usize) {
+    let is_over = || handoff.is_ready(number);
+    let mut ahead = Ahead::until(&is_over);
+    match block {
+        CpuBlock::Ffn(b) => b.read_ahead(w, &mut ahead),
+        CpuBlock::Moe(b) => {
+            // The guess may come a little later than the workers are here.
+            let mut looks = 0;
+            while handoff.foreseen(number, 0).is_none() && !is_over() && looks < GUESS_LOOKS {
+                looks += 1;
+                std::hint::spin_loop();
+            }
+            let ids = (0..).map_while(|i| handoff.foreseen(number, i));
+            b.read_ahead(w, ids.filter(|id| id & ELSEWHERE == 0).map(|id| id as usize), &mut ahead);
+        }
+        _ => {}
     }
 }
 

@@ -1,6 +1,7 @@
 //! `Ffn`: gate and up rows of a piece are multiplied and activated by one worker; one barrier; down projection; one
 //! barrier.
 
+use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
 use crate::projection::{Projection, piece_rows, vector};
@@ -69,6 +70,18 @@ impl FfnBlock {
     /// Gate, up and down.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
         [&self.ffn_gate, &self.ffn_up, &self.ffn_down].into_iter()
+    }
+
+    /// Reads ahead what this worker will multiply first.
+    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        let n_ff = self.shape.n_ff;
+        let size = piece_rows(n_ff, w.n_workers());
+        for piece in w.share(n_ff.div_ceil(size)) {
+            let rows = piece * size..((piece + 1) * size).min(n_ff);
+            if !ahead.rows(&self.ffn_gate.matrix, rows.clone()) || !ahead.rows(&self.ffn_up.matrix, rows) {
+                return;
+            }
+        }
     }
 
     /// Adds the block to the residual stream.

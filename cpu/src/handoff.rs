@@ -42,6 +42,17 @@ pub unsafe trait Handoff: Sync {
     /// The shared memory.
     fn memory(&self) -> Memory;
 
+    /// Whether the input of task number `task` is complete; until then workers may read weights ahead.
+    fn is_ready(&self, _task: usize) -> bool {
+        true
+    }
+
+    /// The expert number `i` of those that task number `task` will probably be about, the likeliest first, marked as
+    /// [`Memory::ids`]; `None`: nothing is known of it. A hint: it may be wrong.
+    fn foreseen(&self, _task: usize, _i: usize) -> Option<u32> {
+        None
+    }
+
     /// Waits until the input of task number `task` is complete; `false`: it will not be. Called by one worker.
     fn wait(&self, task: usize) -> bool;
 

@@ -2,6 +2,7 @@
 //! every block. Knows no file, no model architecture and no other backend.
 
 pub mod activations;
+mod ahead;
 mod attention;
 pub mod backend;
 mod delta_net;

@@ -113,6 +113,13 @@ impl Matrix {
         self.n_rows.div_ceil(self.panel_rows())
     }
 
+    /// The bytes of `panels`.
+    pub(crate) fn panel_bytes(&self, panels: Range<usize>) -> &[u8] {
+        let geometry = self.ty.row();
+        let panel_bytes = self.panel_rows() * self.n_cols / geometry.block_len * geometry.block_bytes;
+        &self.data[panels.start * panel_bytes..panels.end * panel_bytes]
+    }
+
     /// Bytes allocated: [`Matrix::packed_bytes`] of its shape.
     pub fn n_bytes(&self) -> usize {
         self.data.len()
@@ -129,8 +136,7 @@ impl Matrix {
         assert!(row < self.n_rows && out.len() == self.n_cols, "row {row} of {}, {} columns", self.n_rows, out.len());
         let (panel_rows, geometry) = (self.panel_rows(), self.ty.row());
         let (panel, lane) = (row / panel_rows, row % panel_rows);
-        let panel_bytes = panel_rows * self.n_cols / geometry.block_len * geometry.block_bytes;
-        let blocks = self.data[panel * panel_bytes..][..panel_bytes].chunks_exact(panel_rows * geometry.block_bytes);
+        let blocks = self.panel_bytes(panel..panel + 1).chunks_exact(panel_rows * geometry.block_bytes);
         let mut block = [0u8; 256];
         let block = &mut block[..geometry.block_bytes];
         for (packed, out) in blocks.zip(out.chunks_exact_mut(geometry.block_len)) {

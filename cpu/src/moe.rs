@@ -2,6 +2,7 @@
 //! that each expert multiplies its tokens together and the rows of all chosen experts are one space; down projections
 //! of a piece of rows go through all experts and are summed by one worker.
 
+use crate::ahead::Ahead;
 use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
@@ -190,6 +191,22 @@ impl MoeBlock {
     /// Gates, ups and downs of the routed experts.
     pub fn routed(&self) -> impl Iterator<Item = &Projection> {
         [&self.gate, &self.up, &self.down].into_iter().flatten()
+    }
+
+    /// Reads ahead what this worker will multiply first if `experts` are chosen, the likeliest first: of one token a
+    /// worker has the same rows of whatever experts.
+    pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
+        let rows = |n: usize| {
+            let panels = w.share(n.div_ceil(32));
+            panels.start * 32..n.min(panels.end * 32)
+        };
+        let (hidden, out) = (rows(self.shape.n_ff), rows(self.shape.n_embd));
+        for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
+            let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
+            if !parts.into_iter().all(|(p, rows)| ahead.rows(&p.matrix, rows.clone())) {
+                return;
+            }
+        }
     }
 
     /// Adds the block to the residual stream.

@@ -207,8 +207,9 @@ pub struct Mailbox {
     counters: Ptr,
     /// Hand-overs answered before the step at hand.
     base: AtomicU32,
-    /// Nanoseconds, by hand-over: when the workers saw their input, and when they had answered.
-    times: Box<[[AtomicU64; 2]]>,
+    /// Nanoseconds, by hand-over: when the workers had nothing left to do but to wait for their input, when they saw it,
+    /// and when they had answered.
+    times: Box<[[AtomicU64; 3]]>,
     /// No more hand-overs will come in this step.
     is_abandoned: AtomicBool,
     epoch: Instant,
@@ -244,7 +245,7 @@ impl Mailbox {
         // SAFETY: just allocated.
         unsafe { memory.as_ptr::<u8>().write_bytes(0, bytes) };
         let base_ptr = memory.device_ptr()?;
-        let times = (0..N_STAMPS).map(|_| [AtomicU64::new(0), AtomicU64::new(0)]).collect();
+        let times = (0..N_STAMPS).map(|_| Default::default()).collect();
         Ok(Self {
             memory,
             base_ptr,
@@ -321,6 +322,7 @@ impl Mailbox {
     /// come: `is_alive` says now and then whether the GPU still works.
     pub fn wait(&self, base: u32, i: usize, n_tokens: usize, is_alive: &dyn Fn() -> bool) -> bool {
         let wanted = base.wrapping_add(i as u32 + 1);
+        self.stamp(wanted, 0);
         let (start, mut spins) = (Instant::now(), 0u32);
         while !self.is_ready(base, i) {
             std::hint::spin_loop();
@@ -336,7 +338,7 @@ impl Mailbox {
                 std::thread::yield_now();
             }
         }
-        self.stamp(wanted, 0);
+        self.stamp(wanted, 1);
         true
     }
 
@@ -345,16 +347,15 @@ impl Mailbox {
         self.atomic(Flag::Ready).load(Ordering::Acquire).wrapping_sub(base.wrapping_add(i as u32 + 1)) as i32 >= 0
     }
 
-    /// The `n` experts that hand-over `i` of the step that began at `base` will probably be about, the likeliest first,
-    /// marked as those that are handed over; `None` where the GPU has not said. A worker that asks when the hand-over is
-    /// long complete may get those of the next.
-    pub fn foreseen(&self, base: u32, i: usize, n: usize) -> Option<impl Iterator<Item = u32>> {
-        assert!(n <= FORESEEN);
+    /// The expert number `nth` of those that hand-over `i` of the step that began at `base` will probably be about, the
+    /// likeliest first, marked as those that are handed over; `None` where the GPU has not said. A worker that asks when
+    /// the hand-over is long complete may get one of the next.
+    pub fn foreseen(&self, base: u32, i: usize, nth: usize) -> Option<u32> {
         let line: *const AtomicU32 = self.host(self.flag(Flag::Foreseen));
         // SAFETY: the line lies within the allocation and is never accessed but atomically.
         let line = unsafe { std::slice::from_raw_parts(line, 1 + FORESEEN) };
         let is_of_it = line[0].load(Ordering::Acquire) == base.wrapping_add(i as u32 + 1);
-        is_of_it.then(|| line[1..=n].iter().map(|id| id.load(Ordering::Relaxed)))
+        line.get(1 + nth).filter(|_| is_of_it).map(|id| id.load(Ordering::Relaxed))
     }
 
     /// Where the GPU says what it foresees.
@@ -370,12 +371,12 @@ impl Mailbox {
     /// Says that hand-over `i` of the step that began at `base` is answered.
     pub fn post(&self, base: u32, i: usize) {
         let number = base.wrapping_add(i as u32 + 1);
-        self.stamp(number, 1);
+        self.stamp(number, 2);
         self.atomic(Flag::Done).store(number, Ordering::Release);
     }
 
-    fn stamp(&self, number: u32, side: usize) {
-        self.times[number as usize % N_STAMPS][side].store(self.epoch.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    fn stamp(&self, number: u32, what: usize) {
+        self.times[number as usize % N_STAMPS][what].store(self.epoch.elapsed().as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// Ends the step at hand: neither side waits any longer.
@@ -411,15 +412,16 @@ impl Mailbox {
                 let at = base.wrapping_sub(n as u32).wrapping_add(i + 1) as usize % N_STAMPS;
                 // SAFETY: within the stamps, which the GPU has written before the stream was idle.
                 let gpu = |i: usize| unsafe { self.host::<u64>(self.stamps()).add(STAMPS * at + i).read_volatile() };
-                let cpu = |side: usize| self.times[at][side].load(Ordering::Relaxed);
+                let cpu = |what: usize| self.times[at][what].load(Ordering::Relaxed);
                 Times {
                     begun: gpu(0),
                     given: gpu(1),
                     waits: gpu(2),
                     goes_on: gpu(3),
                     taken: gpu(4),
-                    seen: cpu(0),
-                    answered: cpu(1),
+                    asked: cpu(0),
+                    seen: cpu(1),
+                    answered: cpu(2),
                 }
             })
             .collect()
@@ -439,6 +441,8 @@ pub struct Times {
     pub goes_on: u64,
     /// GPU: it is in the residual stream.
     pub taken: u64,
+    /// CPU: the workers wait for the input; before, they have read ahead.
+    pub asked: u64,
     /// CPU: the workers have the input.
     pub seen: u64,
     /// CPU: they have answered.

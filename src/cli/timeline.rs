@@ -55,6 +55,7 @@ fn colour(span: &Span) -> &'static str {
     match span.what {
         Activity::Wait => "#e8ebef",
         Activity::HandOver => "#d14b5a",
+        Activity::Ahead => "#e3b58f",
         _ if span.name.contains("ffn") || span.name.contains("moe") => "#c96f2e",
         _ if span.name.contains("delta_net") => "#2f6fb0",
         _ if span.name.contains("attn") => "#5aa0d8",
@@ -82,7 +83,8 @@ pub fn figures(trace: &StepTrace) -> Vec<(&'static str, String)> {
     vec![
         ("step", time(trace.step)),
         ("GPU computes", busy(gpu)),
-        ("CPU computes", busy(cpu)),
+        ("CPU computes", busy(cpu - trace.ahead())),
+        ("reads ahead", busy(trace.ahead())),
         ("hand-offs", format!("{} × {}", trace.handoffs.len(), time(handoff))),
         ("max(GPU, CPU) + hand-offs", time(longer)),
         ("step / that", format!("{:.2}", trace.step / longer)),
@@ -93,7 +95,8 @@ pub fn figures(trace: &StepTrace) -> Vec<(&'static str, String)> {
 
 /// The picture of `trace` under `title`; `notes` are lines of small print below it.
 pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
-    let n_rows = trace.cpu.len().div_ceil(PER_ROW).max(1);
+    let shares = || trace.cpu.iter().filter(|s| s.what == Activity::Share);
+    let n_rows = shares().count().div_ceil(PER_ROW).max(1);
     let (row_us, scale) = (trace.step / n_rows as f64, (WIDTH - LEFT - RIGHT) * n_rows as f64 / trace.step);
     let row_top = |row: usize| TOP + row as f64 * ROW;
     let below = row_top(n_rows) + 6.0;
@@ -110,6 +113,7 @@ pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
         ("#2f6fb0", "delta net"),
         ("#5aa0d8", "attention"),
         ("#c96f2e", "feed-forward, experts"),
+        ("#e3b58f", "reads their weights ahead"),
         ("#6b8f3a", "embedding, head"),
         ("#d14b5a", "hand-over"),
         ("#e8ebef", "waits"),
@@ -159,7 +163,7 @@ pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
                 let short = span.name.rsplit('.').next().unwrap_or_default();
                 let fits = |text: &&&str| width > LETTER * text.len() as f64 + 2.0;
                 if let Some(text) = [span.name.as_str(), short].iter().find(fits)
-                    && !matches!(span.what, Activity::Wait | Activity::HandOver)
+                    && matches!(span.what, Activity::Alone | Activity::Share)
                 {
                     let _ = write!(
                         out,
@@ -172,7 +176,7 @@ pub fn svg(trace: &StepTrace, title: &str, notes: &[String]) -> String {
             }
         }
         // Down where the workers get their input, up where their answer is there.
-        for span in trace.cpu.iter() {
+        for span in shares() {
             for (us, y, tip) in [(span.start, cpu_y, -5.0), (span.end, gpu_y + LANE, 5.0)] {
                 if (from..to).contains(&us) {
                     let x = at(us);
@@ -267,7 +271,7 @@ mod tests {
         let figures = figures(&trace());
         let value = |i: usize| figures[i].1.as_str();
         assert_eq!((value(0), value(1), value(2)), ("2.00 ms", "1.16 ms (58 %)", "1.20 ms (60 %)"));
-        assert_eq!((value(3), value(4), value(5)), ("20 × 10.0 µs", "1.40 ms", "1.43"));
+        assert_eq!((value(3), value(4), value(5), value(6)), ("0.0 µs (0 %)", "20 × 10.0 µs", "1.40 ms", "1.43"));
         assert_eq!(svg(&trace(), "", &[]).matches(">GPU<").count(), 3);
     }
 

@@ -93,6 +93,15 @@ unsafe impl Handoff for Meeting<'_> {
         Memory { x, sum, len, ids, weights, n_choices }
     }
 
+    fn is_ready(&self, task: usize) -> bool {
+        self.mailbox.is_ready(self.base, task)
+    }
+
+    fn foreseen(&self, task: usize, i: usize) -> Option<u32> {
+        let Block::Moe(b) = &self.engine.model.blocks[self.tasks[task].blocks.start] else { return None };
+        self.mailbox.foreseen(self.base, task, i).filter(|_| i < b.shape.n_used)
+    }
+
     fn wait(&self, task: usize) -> bool {
         let is_there = self.mailbox.wait(self.base, task, self.batch.tokens.len(), &|| self.gpu.is_alive());
         if is_there {

@@ -29,6 +29,8 @@ pub enum Activity {
     Alone,
     /// A share of a block, or blocks of one side, while the other side has work too.
     Share,
+    /// The workers read weights of what comes next while the GPU is alone.
+    Ahead,
     /// Copies between the sides.
     HandOver,
     /// Nothing to do before the other side answers.
@@ -40,7 +42,7 @@ pub enum Activity {
 pub struct StepTrace {
     /// The GPU's lane, without gaps.
     pub gpu: Vec<Span>,
-    /// The lane of the CPU workers: what they served.
+    /// The lane of the CPU workers: what they served, and what they read ahead between.
     pub cpu: Vec<Span>,
     /// Microseconds from the GPU's first kernel to its last.
     pub step: f64,
@@ -49,6 +51,9 @@ pub struct StepTrace {
     /// The two clocks agree within so many microseconds.
     pub clock_error: f64,
 }
+
+/// Microseconds below which nothing was read ahead: what lies between an answer and the next wait anyway.
+const SHORTEST_AHEAD: f64 = 1.0;
 
 /// Microseconds that a hand-over took beyond the longer of what the two sides did meanwhile: copies, flags and the way
 /// from the flag to the workers. No clock is compared with the other.
@@ -94,6 +99,12 @@ impl StepTrace {
                 push(&mut gpu, &shared[i], Activity::Share, gpu_us(t.waits));
             }
             let (start, end) = (cpu_us(t.seen), cpu_us(t.answered));
+            if let Some(last) = i.checked_sub(1).map(|i| cpu_us(times[i].answered))
+                && cpu_us(t.asked) > last + SHORTEST_AHEAD
+            {
+                let name = format!("{}, reading ahead", served[i]);
+                cpu.push(Span { name, what: Activity::Ahead, start: last, end: cpu_us(t.asked) });
+            }
             if i < taken.len() {
                 push(&mut gpu, "waits for the CPU", Activity::Wait, gpu_us(t.goes_on));
                 push(&mut gpu, "from the CPU", Activity::HandOver, gpu_us(t.taken));
@@ -114,9 +125,14 @@ impl StepTrace {
         self.gpu.iter().filter(computes).map(Span::micros).sum()
     }
 
-    /// Microseconds that the CPU workers computed.
+    /// Microseconds that the CPU workers computed, or read ahead what they then did not have to wait for.
     pub fn cpu_busy(&self) -> f64 {
         self.cpu.iter().map(Span::micros).sum()
+    }
+
+    /// Of [`StepTrace::cpu_busy`], microseconds of reading ahead.
+    pub fn ahead(&self) -> f64 {
+        self.cpu.iter().filter(|s| s.what == Activity::Ahead).map(Span::micros).sum()
     }
 
     /// Microseconds of the longer of the two parts, if nothing of one waited for the other, and of the hand-overs.
@@ -132,6 +148,7 @@ impl StepTrace {
         let shares: f64 = self
             .cpu
             .iter()
+            .filter(|cpu| cpu.what == Activity::Share)
             .map(|cpu| {
                 let same = |s: &&Span| s.what == Activity::Share && s.name == cpu.name;
                 self.gpu.iter().find(same).map_or(0.0, Span::micros).max(cpu.micros())
@@ -157,6 +174,7 @@ mod tests {
             waits: gpu + at + 10_000,
             goes_on: gpu + at + 56_000,
             taken: gpu + at + 58_000,
+            asked: cpu + at,
             seen: cpu + at + 4_000,
             answered: cpu + at + 54_000,
         };
@@ -172,11 +190,12 @@ mod tests {
         assert_eq!(trace.clock_error, 2.0);
         assert!(trace.gpu.windows(2).all(|w| w[0].end == w[1].start));
         assert_eq!((trace.gpu[0].start, trace.gpu.last().unwrap().end), (0.0, 170.0));
-        let cpu: Vec<_> = trace.cpu.iter().map(|s| (s.start, s.end)).collect();
-        assert_eq!(cpu, [(24.0, 74.0), (104.0, 154.0)]);
+        let cpu: Vec<_> = trace.cpu.iter().map(|s| (s.what, s.start, s.end)).collect();
+        let share = |start, end| (Activity::Share, start, end);
+        assert_eq!(cpu, [share(24.0, 74.0), (Activity::Ahead, 74.0, 100.0), share(104.0, 154.0)]);
         assert_eq!(trace.handoffs, [8.0, 8.0]);
-        assert_eq!((trace.gpu_busy(), trace.cpu_busy()), (20.0 + 22.0 + 12.0 + 16.0, 100.0));
-        assert_eq!(trace.longer_part(), 116.0);
+        assert_eq!((trace.gpu_busy(), trace.cpu_busy()), (20.0 + 22.0 + 12.0 + 16.0, 126.0));
+        assert_eq!((trace.ahead(), trace.longer_part()), (26.0, 142.0));
         assert_eq!(trace.longest_path(8.0), 170.0);
     }
 
@@ -189,10 +208,11 @@ mod tests {
             waits: 1_010,
             goes_on: 9_010,
             taken: 10_010,
+            asked: 10,
             seen: 2_010,
             answered: 8_010,
         };
-        let last = Times { begun: 20_010, given: 21_010, seen: 22_010, answered: 52_010, ..first };
+        let last = Times { begun: 20_010, given: 21_010, asked: 8_510, seen: 22_010, answered: 52_010, ..first };
         let names = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
         let (alone, served) = (names(&["blk.0.attn", "blk.1.attn", ""]), names(&["blk.0.ffn", "blk.1.ffn, head"]));
         let trace = StepTrace::new(&[first, last], 10, None, &alone, &names(&["", ""]), &served);
