@@ -278,22 +278,26 @@ impl MoeBlock {
             false => step.buffers.sorted.view(range.start * n_embd, range.len(), n_embd, expert_forms),
         };
         let shared_start = shared_start(&self.shape, n_tokens);
+        let n_units = routing.active.len() + usize::from(self.shared.is_some());
         let size = piece_rows(routing.active.len() * n_ff + n_ff_shared, w.n_workers());
-        let per_expert = n_ff.div_ceil(size);
-        let n_routed = routing.active.len() * per_expert;
+        let n_blocks = n_ff.max(n_ff_shared).div_ceil(size);
+        // One token: a worker has the same rows of whatever experts are chosen. Many: an expert's rows of activations
+        // stay in a cache while its weights pass.
+        let run = if alone { n_blocks.div_ceil(w.n_workers()) } else { n_blocks };
         let tile = step.tile(w);
-        for piece in w.pieces(n_routed + n_ff_shared.div_ceil(size)) {
-            if piece < n_routed {
-                let (expert, range) = choices(piece / per_expert);
-                let first = piece % per_expert * size;
+        for piece in w.pieces(n_blocks.div_ceil(run) * n_units * run) {
+            let (unit, block) = (piece / run % n_units, piece / (run * n_units) * run + piece % run);
+            let first = block * size;
+            if unit < routing.active.len() && first < n_ff {
+                let (expert, range) = choices(unit);
                 let rows = first..(first + size).min(n_ff);
                 let at = |choice: usize, col: usize| choice * n_ff + col;
                 let out = step.memory.ptr(step.hidden(at(range.start, rows.start)..at(range.end - 1, rows.end)));
                 let (gate, up) = (&self.gate[expert], &self.up[expert]);
                 // SAFETY: these hidden columns of the expert are this worker's piece.
                 unsafe { gate_up(isa, gate, up, rows, &inputs(&range), (out, n_ff), tile) };
-            } else if let Some(s) = &self.shared {
-                let first = (piece - n_routed) * size;
+            } else if let Some(s) = self.shared.as_ref().filter(|_| unit == routing.active.len() && first < n_ff_shared)
+            {
                 let rows = first..(first + size).min(n_ff_shared);
                 let at = |token: usize, col: usize| shared_start + token * n_ff_shared + col;
                 let out = step.memory.ptr(step.hidden(at(0, rows.start)..at(n_tokens - 1, rows.end)));
