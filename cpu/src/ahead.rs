@@ -5,7 +5,7 @@ use crate::Matrix;
 use std::ops::Range;
 
 /// What one worker reads ahead at most: less than a second-level cache of any current processor holds.
-const MAX_BYTES: usize = 256 << 10;
+pub const MAX_BYTES: usize = 256 << 10;
 /// Bytes between two looks at whether the wait is over.
 const STRIDE: usize = 4096;
 

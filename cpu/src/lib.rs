@@ -23,6 +23,7 @@ pub mod state;
 mod step;
 
 pub use activations::{ActivationBuffer, Activations, Forms};
+pub use ahead::MAX_BYTES as AHEAD_BYTES;
 pub use backend::{Backend, Error, Options, for_each_weight};
 pub use isa::Isa;
 pub use matrix::{Matrix, OutRows, panel_rows};

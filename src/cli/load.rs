@@ -104,10 +104,9 @@ pub fn engine(opened: &Opened, args: &EngineArgs, workload: Workload) -> anyhow:
         machine.host.isa = options.isa; // it decides how weights are packed, and with it the planned bytes
     }
     if args.measures_now() {
-        let (mut types, start) = (Vec::new(), Instant::now());
-        opened.model.blocks.iter().for_each(|block| block.for_each(&mut |w| types.push(w.ty)));
+        let start = Instant::now();
         let threads = saved.as_ref().map(|plan| plan.threads).or(wishes.threads);
-        machine.host.measure_now(threads.unwrap_or(machine.host.threads), &types);
+        machine.host.measure_now(threads.unwrap_or(machine.host.threads), &opened.model);
         // The peak that the system tells is the model's from here on, where it lets us begin again.
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         tracing::info!("cpu: rates measured in {:.2} s", start.elapsed().as_secs_f64());

@@ -60,10 +60,12 @@ fn text(facts: &Machine) -> String {
     );
     for kernel in &host.kernels {
         out += &format!(
-            "{:<6} {:.1} GB/s one token, {:.0} GFLOP/s a prompt\n",
+            "{:<6} {:.1} GB/s one token, {:.0} GFLOP/s a prompt; experts {:.1} GB/s, {:.0} GFLOP/s\n",
             kernel.ty.name(),
             kernel.decode_gb_per_s,
-            kernel.prompt_gflops
+            kernel.prompt_gflops,
+            kernel.experts_gb_per_s,
+            kernel.experts_prompt_gflops
         );
     }
     for (i, gpu) in facts.gpus.iter().enumerate() {

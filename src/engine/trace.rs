@@ -132,7 +132,7 @@ impl StepTrace {
 
     /// Of [`StepTrace::cpu_busy`], microseconds of reading ahead.
     pub fn ahead(&self) -> f64 {
-        self.cpu.iter().filter(|s| s.what == Activity::Ahead).map(Span::micros).sum()
+        self.cpu.iter().filter(|s| s.what == Activity::Ahead).fold(0.0, |sum, s| sum + s.micros())
     }
 
     /// Microseconds of the longer of the two parts, if nothing of one waited for the other, and of the hand-overs.

@@ -1,15 +1,27 @@
 //! What the CPU kernels reach on this machine: feed-forward blocks of each common type, their weights together larger
-//! than the caches of any processor, run on one token, and one of them on a batch.
+//! than the caches of any processor, run on one token, and one of them on a batch; and mixtures of experts, as shares
+//! of a step whose other side answers at once.
 
-use super::KernelRate;
+use super::{EXPERT_TOKENS, KernelRate};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
+use tandem_cpu::handoff::{Handoff, Memory, Task};
 use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
-use tandem_spec::{Batch, Block, Ffn, FfnShape, KvDtype, Linear, Model, TensorSource, TensorType, Weight};
+use tandem_spec::{
+    Batch, Block, Ffn, FfnShape, KvDtype, Linear, Model, Moe, MoeShape, TensorSource, TensorType, Weight,
+};
 
 /// Types that are measured; others take the rate of the one that is nearest in size.
 const TYPES: [TensorType; 3] = [TensorType::Q4_K, TensorType::Q6_K, TensorType::Q8_0];
 const N_EMBD: usize = 4096;
 const N_FF: usize = 8192;
+/// Routed experts: those of the 35B-A3B.
+const EXPERT_EMBD: usize = 2048;
+const EXPERT_FF: usize = 512;
+const N_USED: usize = 8;
+/// Tokens that share no expert with each other, and tokens of their prompt.
+const KINDS: usize = 8;
+const MOST: usize = KINDS * EXPERT_TOKENS;
 /// Steps of one token. Of steps the median counts: the fastest is 5 % faster than a text of many of them.
 const DECODE_STEPS: usize = 9;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
@@ -36,19 +48,143 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
 /// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; of those for which
 /// there is memory.
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
-    let rates = |types: &[TensorType]| rates(types, threads, isa, bytes);
+    let rates =
+        |types: &[TensorType]| {
+            let of_experts = experts(types, threads, isa, bytes)?;
+            let all = types.iter().zip(dense(types, threads, isa, bytes)?).zip(of_experts);
+            let rate = |((&ty, (decode_gb_per_s, prompt_gflops)), (experts_gb_per_s, experts_prompt_gflops))| {
+                KernelRate { ty, decode_gb_per_s, experts_gb_per_s, prompt_gflops, experts_prompt_gflops }
+            };
+            Ok::<_, Error>(all.map(rate).collect::<Vec<_>>())
+        };
     // Where there is no memory for all of them, one after the other.
     rates(&TYPES).unwrap_or_else(|_| TYPES.iter().filter_map(|ty| rates(&[*ty]).ok()).flatten().collect())
 }
 
-/// Rates of `types`, which are measured ones, on `bytes` of weights or a block of each; an error where those would take
-/// more than four times as much: there is no memory for them.
-pub(super) fn rates(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<KernelRate>, Error> {
+/// GB/s of one token and 10^9 operations per second of many, of `types` in feed-forward blocks, on `bytes` of weights or
+/// a block of each; an error where those would take more than four times as much: there is no memory for them.
+pub(super) fn dense(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
     let mut blocks = Blocks::new(types, threads, isa, bytes)?;
     let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
-    let rates = types.iter().zip(decode.into_iter().zip(prompt));
-    let rate = |(&ty, (decode_gb_per_s, prompt_gflops))| KernelRate { ty, decode_gb_per_s, prompt_gflops };
-    Ok(rates.map(rate).collect())
+    Ok(decode.into_iter().zip(prompt).collect())
+}
+
+/// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type on `bytes` of weights in all, or
+/// of the fewest experts that will do. One token after the other takes all of them; of a prompt each has
+/// [`EXPERT_TOKENS`] tokens.
+pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
+    let matrix = |ty: TensorType| weight(ty, EXPERT_FF, EXPERT_EMBD).n_bytes();
+    let of_all: usize = types.iter().map(|ty| 3 * N_USED * matrix(*ty)).sum();
+    if KINDS * of_all > 4 * bytes {
+        return Err(Error::WeightMemory { bytes: KINDS * of_all });
+    }
+    let n_tasks = (bytes / of_all.max(1)).max(KINDS);
+    let n_experts = n_tasks * N_USED;
+    let (n_ff, n_embd) = (n_experts * EXPERT_FF, n_experts * EXPERT_EMBD);
+    let block = |&ty: &TensorType| Moe {
+        layer: 0,
+        shape: MoeShape {
+            n_embd: EXPERT_EMBD,
+            n_experts,
+            n_used: N_USED,
+            n_ff: EXPERT_FF,
+            n_ff_shared: 0,
+            rms_eps: 1e-6,
+        },
+        experts: 0..n_experts,
+        ffn_norm: weight(TensorType::F32, 1, EXPERT_EMBD),
+        ffn_gate_inp: weight(TensorType::F32, 0, EXPERT_EMBD),
+        ffn_gate_exps: linear(ty, n_ff, EXPERT_EMBD),
+        ffn_up_exps: linear(ty, n_ff, EXPERT_EMBD),
+        ffn_down_exps: linear(ty, n_embd, EXPERT_FF),
+        shared: None,
+    };
+    let largest = types.iter().map(|ty| n_experts * matrix(*ty)).max().unwrap_or(0);
+    let blocks = types.iter().map(|ty| Block::Moe(block(ty))).collect();
+    let (backend, mut state) = load(blocks, EXPERT_EMBD, largest, (threads, isa), MOST)?;
+    let (mut x, mut sum) = (vec![1.0; MOST * EXPERT_EMBD], vec![0.0; MOST * EXPERT_EMBD]);
+    let ids: Vec<AtomicU32> = (0..MOST * N_USED).map(|_| AtomicU32::new(0)).collect();
+    let weights = vec![1.0; MOST * N_USED];
+    let memory = Memory {
+        x: x.as_mut_ptr(),
+        sum: sum.as_mut_ptr(),
+        len: x.len(),
+        ids: ids.as_ptr().cast(),
+        weights: weights.as_ptr(),
+        n_choices: ids.len(),
+    };
+    let desk = Desk { memory, ids: &ids, n_tasks };
+    // Of each type, the median seconds of steps of so many tasks of so many tokens, after one that warms up.
+    let mut seconds = |n_tasks: usize, n_tokens: usize, n_steps: usize| {
+        let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
+        let mut seconds = vec![Vec::new(); types.len()];
+        for step in 0..=n_steps {
+            for (i, seconds) in seconds.iter_mut().enumerate() {
+                let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
+                let start = Instant::now();
+                backend.serve(&tasks, &batch, &mut state, &desk, &mut [])?;
+                if step > 0 {
+                    seconds.push(start.elapsed().as_secs_f64());
+                }
+            }
+        }
+        seconds.iter_mut().for_each(|seconds| seconds.sort_by(f64::total_cmp));
+        Ok::<_, Error>(seconds.into_iter().map(move |seconds| seconds[n_steps / 2]))
+    };
+    let decode: Vec<f64> = seconds(n_tasks, 1, DECODE_STEPS)?.collect();
+    let prompt = seconds(1, MOST, PROMPT_STEPS)?;
+    let ops = 2.0 * (3 * EXPERT_EMBD * EXPERT_FF * N_USED * MOST) as f64;
+    let rates = types
+        .iter()
+        .zip(decode)
+        .zip(prompt)
+        .map(|((&ty, decode), prompt)| ((3 * n_experts * matrix(ty)) as f64 / decode / 1e9, ops / prompt / 1e9));
+    Ok(rates.collect())
+}
+
+/// The other side of a step of mixtures, always ready: the first token of task `i` is about experts `i`, `i + n_tasks` and
+/// so on, and there are [`KINDS`] kinds of tokens.
+struct Desk<'a> {
+    memory: Memory,
+    ids: &'a [AtomicU32],
+    n_tasks: usize,
+}
+
+// SAFETY: the workers use the memory by turns, as they do in a step.
+unsafe impl Sync for Desk<'_> {}
+
+// SAFETY: nobody else uses the memory while the workers serve, and the ids change in `wait` only.
+unsafe impl Handoff for Desk<'_> {
+    fn memory(&self) -> Memory {
+        self.memory
+    }
+
+    fn wait(&self, task: usize) -> bool {
+        for (choice, id) in self.ids.iter().enumerate() {
+            let (token, i) = (choice / N_USED, choice % N_USED);
+            id.store(((task + token % KINDS) % self.n_tasks + i * self.n_tasks) as u32, Ordering::Relaxed);
+        }
+        true
+    }
+
+    fn post(&self, _: usize) {}
+}
+
+/// `blocks` of width `n_embd` with weights of zeros, of which a matrix takes `largest` bytes at most, and a state for
+/// `n_batch` tokens.
+fn load(
+    blocks: Vec<Block<Weight>>,
+    n_embd: usize,
+    largest: usize,
+    (threads, isa): (usize, Isa),
+    n_batch: usize,
+) -> Result<(Backend, State), Error> {
+    let (n_layers, indices) = (blocks.len(), Vec::from_iter(0..blocks.len()));
+    let (arch, name, mtp) = (String::new(), String::new(), None);
+    let model = Model { arch, name, n_embd, n_vocab: 1, n_layers, n_ctx_train: 1, blocks, mtp };
+    let backend = Backend::load(&model, &indices, &Zeros(vec![0; largest]), Options { threads, isa }, &|_| {})?;
+    let state = backend.state(StateSize { n_slots: 1, n_ctx: n_batch, n_batch, kv_dtype: KvDtype::Bf16 })?;
+    Ok((backend, state))
 }
 
 /// As many feed-forward blocks of each type; they run type by type, so that one evicts the other from the caches.
@@ -78,14 +214,10 @@ impl Blocks {
             return Err(Error::WeightMemory { bytes: of_all });
         }
         let n_blocks = bytes.div_ceil(of_all.max(1)).max(1);
-        let blocks: Vec<_> = types.iter().flat_map(|ty| vec![Block::Ffn(block(ty)); n_blocks]).collect();
-        let source = Zeros(vec![0; n_bytes.iter().max().map_or(0, |n| n / 3)]);
-        let (n_layers, indices) = (blocks.len(), Vec::from_iter(0..blocks.len()));
-        let (arch, name, mtp) = (String::new(), String::new(), None);
-        let model = Model { arch, name, n_embd: N_EMBD, n_vocab: 1, n_layers, n_ctx_train: 1, blocks, mtp };
-        let backend = Backend::load(&model, &indices, &source, Options { threads, isa }, &|_| {})?;
-        let size = StateSize { n_slots: 1, n_ctx: PROMPT_TOKENS, n_batch: PROMPT_TOKENS, kv_dtype: KvDtype::Bf16 };
-        let state = backend.state(size)?;
+        let blocks: Vec<_> = types.iter().flat_map(|ty| vec![block(ty); n_blocks]).collect();
+        let largest = n_bytes.iter().max().map_or(0, |n| n / 3);
+        let blocks = blocks.into_iter().map(Block::Ffn).collect();
+        let (backend, state) = load(blocks, N_EMBD, largest, (threads, isa), PROMPT_TOKENS)?;
         Ok(Self { backend, state, x: vec![1.0; PROMPT_TOKENS * N_EMBD], n_bytes, n_blocks })
     }
 

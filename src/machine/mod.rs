@@ -42,7 +42,11 @@ impl Machine {
             return Err("`threads` and those of `read` must be at least 1, and `read` ascend and not be empty".into());
         }
         let mut rates: Vec<f64> = host.read.iter().map(|r| r.gb_per_s).chain([host.copy_gb_per_s]).collect();
-        rates.extend(host.kernels.iter().flat_map(|k| [k.decode_gb_per_s, k.prompt_gflops]));
+        rates.extend(
+            host.kernels
+                .iter()
+                .flat_map(|k| [k.decode_gb_per_s, k.prompt_gflops, k.experts_gb_per_s, k.experts_prompt_gflops]),
+        );
         let (mut bytes, mut latencies) = (vec![host.ram_total, host.ram_available], Vec::new());
         for g in &self.gpus {
             rates.extend([g.bandwidth_gb_per_s, g.mma_tflops, g.pinned_gb_per_s].into_iter().chain(g.dense_tflops));
@@ -117,6 +121,10 @@ pub struct ReadRate {
     pub gb_per_s: f64,
 }
 
+/// Tokens of an expert in the prompt that [`KernelRate::experts_prompt_gflops`] is measured with: 512 tokens of a
+/// 35B-A3B.
+pub const EXPERT_TOKENS: usize = 16;
+
 /// What the CPU kernels reach on weights of one type, with [`Host::threads`] threads.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -125,8 +133,13 @@ pub struct KernelRate {
     pub ty: TensorType,
     /// One token: bytes of weights per second, GB/s.
     pub decode_gb_per_s: f64,
+    /// Routed experts of one token, a share of a mixture: bytes of their weights per second, with the barriers of the
+    /// block, GB/s. They lie here and there, and are too small to stream at the rate of large matrices.
+    pub experts_gb_per_s: f64,
     /// Many tokens: operations (two per weight and token) per second, 10^9/s.
     pub prompt_gflops: f64,
+    /// The same of routed experts where each has [`EXPERT_TOKENS`] tokens, which share the decoding of its weights.
+    pub experts_prompt_gflops: f64,
 }
 
 /// A GPU.

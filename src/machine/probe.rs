@@ -10,10 +10,10 @@ use std::time::Instant;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tandem_cpu::{Isa, ReadTest};
 use tandem_cuda::{Compiler, GpuInfo};
-use tandem_spec::TensorType;
+use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Changes when the measurement does, so that older files are measured again.
-const CACHE_VERSION: u32 = 5;
+const CACHE_VERSION: u32 = 6;
 /// Bytes read per pass, and of weights: more than the last-level cache of any common processor.
 const READ_BYTES: usize = 512 << 20;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
@@ -116,17 +116,27 @@ pub fn read_now(threads: usize, isa: Isa) -> Option<f64> {
 
 impl Host {
     /// Measures again what changes from minute to minute where a machine is shared: how fast `threads` threads read
-    /// main memory, and their kernels for the measured types that stand for `types`. They are [`Host::threads`] from
-    /// then on.
-    pub fn measure_now(&mut self, threads: usize, types: &[TensorType]) {
+    /// main memory, and their kernels for the measured types that stand for those of `model`. They are
+    /// [`Host::threads`] from then on.
+    pub fn measure_now(&mut self, threads: usize, model: &Model) {
         let gb_per_s = read_now(threads, self.isa).unwrap_or_else(|| self.read_gb_per_s(threads));
-        let stand_for_types: Vec<TensorType> = types.iter().filter_map(|ty| Some(self.kernel(*ty)?.ty)).collect();
-        self.kernels.iter_mut().for_each(|k| k.prompt_gflops *= threads as f64 / self.threads as f64);
+        let mut stand_for_types = Vec::new();
+        let mut note = |w: &Weight| stand_for_types.extend(self.kernel(w.ty).map(|k| k.ty));
+        model.blocks.iter().for_each(|block| block.for_each(&mut note));
+        let has_experts = model.blocks.iter().any(|block| matches!(block, Block::Moe(_)));
+        self.kernels.iter_mut().for_each(|k| {
+            k.prompt_gflops *= threads as f64 / self.threads as f64;
+            k.experts_prompt_gflops *= threads as f64 / self.threads as f64;
+        });
         let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
         let types: Vec<TensorType> = measured.iter().map(|k| k.ty).collect();
         // Where there is too little memory to measure, what is remembered stays.
-        if let Ok(rates) = kernels::rates(&types, threads, self.isa, bytes_to_read(self.ram_available)) {
-            measured.iter_mut().zip(rates).for_each(|(k, rate)| **k = rate);
+        let bytes = bytes_to_read(self.ram_available);
+        if let Ok(rates) = kernels::dense(&types, threads, self.isa, bytes) {
+            measured.iter_mut().zip(rates).for_each(|(k, of)| (k.decode_gb_per_s, k.prompt_gflops) = of);
+        }
+        if let Some(Ok(rates)) = has_experts.then(|| kernels::experts(&types, threads, self.isa, bytes)) {
+            measured.iter_mut().zip(rates).for_each(|(k, of)| (k.experts_gb_per_s, k.experts_prompt_gflops) = of);
         }
         (self.threads, self.read) = (threads, vec![ReadRate { threads, gb_per_s }]);
     }

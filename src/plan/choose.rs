@@ -79,9 +79,9 @@ struct Cell {
 }
 
 impl Cell {
-    /// Seconds of one token.
-    fn decode_seconds(&self) -> f64 {
-        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] } else { 0.0 };
+    /// Seconds of one token, of which the CPU has done `ahead` before the GPU comes to the block.
+    fn decode_seconds(&self, ahead: f64) -> f64 {
+        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] - ahead } else { 0.0 };
         self.decode[0].max(cpu)
     }
 }
@@ -483,7 +483,7 @@ impl<'a> Tables<'a> {
     fn block_seconds(&self, i: usize, level: Level) -> f64 {
         let cell = self.cell(0, i, level);
         let prompt = cell.prompt[0].max(cell.prompt[1]);
-        self.problem.wishes.workload.generate as f64 * cell.decode_seconds() + self.n_batches * prompt
+        self.problem.wishes.workload.generate as f64 * cell.decode_seconds(0.0) + self.n_batches * prompt
     }
 
     /// The orders in which blocks move to the GPU; a move is (block, level reached).
@@ -742,13 +742,18 @@ impl<'a> Tables<'a> {
         runs
     }
 
+    /// Where a GPU comes in the order in which they are filled; 0 for the CPU.
+    fn position(&self, gpu: Option<usize>) -> usize {
+        let position = |gpu| self.problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
+        gpu.map_or(0, position)
+    }
+
     /// Times of block `i` at home on a GPU or (`None`) the CPU, after a block at home at `from`.
     fn span(&self, i: usize, level: Level, home: Option<usize>, from: Option<usize>) -> Span {
         let (problem, facts) = (self.problem, self.problem.facts);
-        let position = |gpu: usize| problem.order.iter().position(|&o| o == gpu).expect("GPUs come from the order");
-        let cell = self.cell(home.map_or(0, position), i, level);
+        let cell = self.cell(self.position(home), i, level);
         let computed = cell.prompt[0].max(cell.prompt[1]);
-        let mut span = Span { decode: cell.decode_seconds(), in_place: computed, ..Span::default() };
+        let mut span = Span { decode: cell.decode_seconds(0.0), in_place: computed, ..Span::default() };
         let is_split = level > 0 && level < max_level(&problem.model.blocks[i]);
         let crossing = i > 0 && home != from;
         if let Some(gpu) = home.or(from).map(|g| &facts.gpus[g]).filter(|_| is_split || crossing) {
@@ -778,6 +783,7 @@ impl<'a> Tables<'a> {
         let free = self.free(levels);
         let mut at = None;
         let mut from = None;
+        let mut alone = 0.0; // seconds of a token since the CPU had something to compute
         for (i, &level) in levels.iter().enumerate() {
             let home = (level > 0).then_some(gpus[i]);
             if free.binary_search(&i).is_ok() && at != home {
@@ -788,6 +794,17 @@ impl<'a> Tables<'a> {
                 at = home;
             }
             let span = self.span(i, level, home, from);
+            let cell = self.cell(self.position(home), i, level);
+            if home.is_none() {
+                alone = 0.0;
+            } else if cell.decode[1] > 0.0 {
+                let ahead =
+                    time::seconds_ahead(&facts.host, problem.threads, &problem.model.blocks[i], alone + cell.lead);
+                all.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(ahead.min(cell.decode[1]));
+                alone = 0.0;
+            } else {
+                alone += cell.decode[0];
+            }
             (all, run) = (all.plus(1.0, span), run.plus(1.0, span));
             from = home;
         }

@@ -10,7 +10,7 @@
 
 use super::bytes::{PROMPT_FROM, Sizes};
 use super::{Device, Plan, Share};
-use crate::machine::{Gpu, Host, Machine};
+use crate::machine::{EXPERT_TOKENS, Gpu, Host, Machine};
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
@@ -20,13 +20,18 @@ const CPU_GEMV_SHARE: f64 = 0.92;
 const CPU_STAGE_US: f64 = 4.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
-/// Tokens of an expert at which the CPU multiplies half as fast as with many: they share the decoding of its weights.
-/// Measured for 16 (docs/performance.md, the prompt of a 35B-A3B on the CPU).
+/// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the machine:
+/// they share the decoding of its weights.
 const CPU_EXPERT_TOKENS: f64 = 16.0;
 /// Share of a thread's plain products that attention scores and the delta rule reach; measured hosts with AVX-512 reach
 /// twice what is promised for those that are not here.
 const CPU_SCAN_SHARE: f64 = 0.3;
 const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
+
+/// Of the time in which the CPU reads ahead, what it has not to read later: rows of a block, and experts, some of which
+/// are not those that are chosen.
+const CPU_AHEAD_ROWS: f64 = 0.9;
+const CPU_AHEAD_EXPERTS: f64 = 0.7;
 
 /// A kernel of a step beside its bytes, on top of [`Gpu::kernel_us`]: the round trips to memory from its inputs to its
 /// outputs, microseconds.
@@ -115,8 +120,14 @@ impl Product {
     }
 
     /// Of the rate at which the CPU multiplies with many tokens, what the few that meet an expert in a prompt reach.
-    fn share_of_many(&self, work: &Work) -> f64 {
-        if self.is_stack && work.n_tokens > 1 { self.tokens / (self.tokens + CPU_EXPERT_TOKENS) } else { 1.0 }
+    fn share_of_many(&self, work: &Work, host: &Host) -> f64 {
+        if !self.is_stack || work.n_tokens == 1 {
+            return 1.0;
+        }
+        let half = host.kernel(self.ty).map_or(CPU_EXPERT_TOKENS, |k| {
+            EXPERT_TOKENS as f64 * (k.prompt_gflops / k.experts_prompt_gflops - 1.0).max(0.0)
+        });
+        self.tokens / (self.tokens + half)
     }
 }
 
@@ -139,8 +150,9 @@ pub(super) struct Work {
     /// Bytes of states, keys and values read and written.
     cache: f64,
     scan: Scan,
-    /// Stages between barriers on the CPU.
+    /// Stages between barriers on the CPU, and those of them that the measured rate of experts contains.
     n_stages: f64,
+    n_expert_stages: f64,
     /// Kernels of a token on a GPU.
     n_kernels: f64,
     /// Of them, those that choose what the other shares compute, and so come before these.
@@ -204,6 +216,7 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
                 (stack.tokens, stack.is_stack) = (tokens * used / touched, true);
             }
             (work.n_stages, work.n_kernels, work.prompt_us) = (3.0, 2.0, GPU_FEED_FORWARD_US);
+            work.n_expert_stages = 3.0;
             if home {
                 work.add(0, &b.ffn_gate_inp, 1.0);
                 if let Some(s) = &b.shared {
@@ -258,12 +271,14 @@ fn token_bytes_by_device(model: &Model, plan: &Plan, n_past: usize) -> Vec<(Devi
     shares.collect()
 }
 
-/// Weights of one type on the CPU: GB/s for few tokens, and 10^9 operations per second for many.
-fn cpu_rates(host: &Host, threads: usize, ty: TensorType) -> (f64, f64) {
+/// Weights of one type on the CPU: GB/s for few tokens (of the experts of one: with the barriers), and 10^9 operations
+/// per second for many.
+fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (f64, f64) {
     match host.kernel(ty) {
         Some(kernel) => {
             let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
-            let decode = kernel.decode_gb_per_s.min(host.read_gb_per_s(host.threads)) * share;
+            let decode = if is_experts { kernel.experts_gb_per_s } else { kernel.decode_gb_per_s };
+            let decode = decode.min(host.read_gb_per_s(host.threads)) * share;
             (decode, kernel.prompt_gflops * threads as f64 / host.threads as f64)
         }
         None => {
@@ -274,17 +289,26 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType) -> (f64, f64) {
     }
 }
 
+/// Seconds of its share of `block` that the CPU has done when it is asked for it, having waited `waited` seconds for the
+/// GPU: it reads weights ahead meanwhile, of a mixture those of the experts that the GPU foresees.
+pub(super) fn seconds_ahead(host: &Host, threads: usize, block: &Block<Weight>, waited: f64) -> f64 {
+    let most = (tandem_cpu::AHEAD_BYTES * threads) as f64 / host.read_gb_per_s(threads) / 1e9;
+    let useful = if matches!(block, Block::Moe(_)) { CPU_AHEAD_EXPERTS } else { CPU_AHEAD_ROWS };
+    useful * waited.min(most)
+}
+
 fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
-    let rates = |ty: TensorType| cpu_rates(host, threads, ty);
-    let read: f64 = work.products.iter().map(|p| p.bytes() / rates(p.ty).0 / 1e9).sum();
-    let multiply: f64 = work.products.iter().map(|p| p.ops() / (rates(p.ty).1 * p.share_of_many(work)) / 1e9).sum();
+    let rates = |p: &Product| cpu_rates(host, threads, p.ty, p.is_stack && work.n_tokens == 1);
+    let read: f64 = work.products.iter().map(|p| p.bytes() / rates(p).0 / 1e9).sum();
+    let multiply: f64 = work.products.iter().map(|p| p.ops() / (rates(p).1 * p.share_of_many(work, host)) / 1e9).sum();
     let share = match host.isa {
         Isa::Amx | Isa::Avx512 if !host.kernels.is_empty() => CPU_SCAN_SHARE_AVX512,
         _ => CPU_SCAN_SHARE,
     };
-    let scan = work.scan_ops() / (rates(TensorType::F32).1 * share) / 1e9;
+    let scan = work.scan_ops() / (cpu_rates(host, threads, TensorType::F32, false).1 * share) / 1e9;
     let cache = work.cache / (host.read_gb_per_s(threads) * CPU_GEMV_SHARE) / 1e9;
-    read.max(multiply) + cache.max(scan) + work.n_stages * CPU_STAGE_US * 1e-6
+    let counted = if work.n_tokens == 1 && !host.kernels.is_empty() { work.n_expert_stages } else { 0.0 };
+    read.max(multiply) + cache.max(scan) + (work.n_stages - counted) * CPU_STAGE_US * 1e-6
 }
 
 /// One token of a graph, or a few.
