@@ -207,8 +207,8 @@ pub struct Mailbox {
     counters: Ptr,
     /// Hand-overs answered before the step at hand.
     base: AtomicU32,
-    /// Nanoseconds, by hand-over: when the workers had nothing left to do but to wait for their input, when they saw it,
-    /// and when they had answered.
+    /// Nanoseconds, by hand-over: when the workers had nothing left to do but to wait for their input, when they saw
+    /// it, and when they had answered.
     times: Box<[[AtomicU64; 3]]>,
     /// No more hand-overs will come in this step.
     is_abandoned: AtomicBool,
@@ -348,8 +348,8 @@ impl Mailbox {
     }
 
     /// The expert number `nth` of those that hand-over `i` of the step that began at `base` will probably be about, the
-    /// likeliest first, marked as those that are handed over; `None` where the GPU has not said. A worker that asks when
-    /// the hand-over is long complete may get one of the next.
+    /// likeliest first, marked as those that are handed over; `None` where the GPU has not said. A worker that asks
+    /// when the hand-over is long complete may get one of the next.
     pub fn foreseen(&self, base: u32, i: usize, nth: usize) -> Option<u32> {
         let line: *const AtomicU32 = self.host(self.flag(Flag::Foreseen));
         // SAFETY: the line lies within the allocation and is never accessed but atomically.

@@ -231,8 +231,8 @@ struct ForeseeArgs {
 };
 static_assert(sizeof(ForeseeArgs) == FORESEE_ARGS, "ForeseeArgs differs from moe.rs");
 
-// Grid (ROUTE_BLOCKS): the residual stream changes little from block to block, and what the next mixture would choose now
-// is most of what it will choose. The CPU workers, for whom this is, read the weights while they wait.
+// Grid (ROUTE_BLOCKS): the residual stream changes little from block to block, and what the next mixture would choose
+// now is most of what it will choose. The CPU workers, for whom this is, read the weights while they wait.
 KERNEL __launch_bounds__(ROUTE_THREADS) moe_foresee(const ForeseeArgs a) {
     let_next_start();
     Choice choice;

@@ -155,8 +155,8 @@ impl MoeOp {
     pub fn foresee(&self, step: &Step, mailbox: &Mailbox) -> Result<(), Error> {
         let (foreseen, count) = (mailbox.foreseen_ptr(), mailbox.count_ptr());
         let args = ForeseeArgs { moe: self.args(step), foreseen, count };
-        // SAFETY: as in `choose`, whose logits and counters are free; a mailbox has room for 31 experts, and `new` refuses
-        // more.
+        // SAFETY: as in `choose`, whose logits and counters are free; a mailbox has room for 31 experts, and `new`
+        // refuses more.
         unsafe { self.foresee.launch_early(step.device, Launch::new(self.route_blocks(), 128), &args) }
     }
 

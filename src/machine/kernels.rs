@@ -61,16 +61,16 @@ pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate>
     rates(&TYPES).unwrap_or_else(|_| TYPES.iter().filter_map(|ty| rates(&[*ty]).ok()).flatten().collect())
 }
 
-/// GB/s of one token and 10^9 operations per second of many, of `types` in feed-forward blocks, on `bytes` of weights or
-/// a block of each; an error where those would take more than four times as much: there is no memory for them.
+/// GB/s of one token and 10^9 operations per second of many, of `types` in feed-forward blocks, on `bytes` of weights
+/// or a block of each; an error where those would take more than four times as much: there is no memory for them.
 pub(super) fn dense(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
     let mut blocks = Blocks::new(types, threads, isa, bytes)?;
     let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
     Ok(decode.into_iter().zip(prompt).collect())
 }
 
-/// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type on `bytes` of weights in all, or
-/// of the fewest experts that will do. One token after the other takes all of them; of a prompt each has
+/// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type on `bytes` of weights in all,
+/// or of the fewest experts that will do. One token after the other takes all of them; of a prompt each has
 /// [`EXPERT_TOKENS`] tokens.
 pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
     let matrix = |ty: TensorType| weight(ty, EXPERT_FF, EXPERT_EMBD).n_bytes();
@@ -142,8 +142,8 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
     Ok(rates.collect())
 }
 
-/// The other side of a step of mixtures, always ready: the first token of task `i` is about experts `i`, `i + n_tasks` and
-/// so on, and there are [`KINDS`] kinds of tokens.
+/// The other side of a step of mixtures, always ready: the first token of task `i` is about experts `i`, `i + n_tasks`
+/// and so on, and there are [`KINDS`] kinds of tokens.
 struct Desk<'a> {
     memory: Memory,
     ids: &'a [AtomicU32],

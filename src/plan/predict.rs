@@ -24,6 +24,9 @@ pub struct Prediction {
     pub handoff_ms: f64,
     /// Of them, outside blocks: launch, sampling.
     pub fixed_ms: f64,
+    /// Milliseconds of a token that the CPU's shares would take more if its workers read no weights ahead.
+    #[serde(default)]
+    pub ahead_ms: f64,
     /// Whether host weights are streamed to the GPU for the prompt.
     pub prompt_streams: bool,
     /// What one token's time goes by group of blocks, in the order in which they run.
@@ -131,6 +134,8 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         Device::Cuda(i) => Rates::Gpu(&facts.gpus[i]),
     };
     let mut groups: Vec<Group> = Vec::new();
+    let mut ahead_ms = 0.0;
+    let mut alone = 0.0; // milliseconds of a token since the CPU had something to compute
     for (block, place) in model.blocks.iter().zip(places) {
         let at = groups.iter().position(|g| g.kind == block.kind()).unwrap_or_else(|| {
             groups.push(Group { kind: block.kind().into(), n_blocks: 0, token_ms: 0.0, devices: Vec::new() });
@@ -138,15 +143,23 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         });
         let group = &mut groups[at];
         group.n_blocks += 1;
-        let (mut slowest, mut lead) = (0.0f64, 0.0);
+        let (mut slowest, mut lead, mut ahead) = (0.0f64, 0.0, 0.0);
         for (nth, share) in place.iter().enumerate() {
             let work = |n, past| time::work(block, share.part.len(), nth == 0, n, past, &outcome.sizes);
             let (decode, batch) = (work(1, past), work(prompt, workload.prompt.saturating_sub(prompt) / 2));
             let rates = rates(share.device);
             let ms = 1e3 * rates.seconds(&decode);
-            slowest = slowest.max(lead + ms);
-            if nth == 0 {
-                lead = 1e3 * rates.leading_seconds(&decode);
+            ahead = ms.min(ahead);
+            ahead_ms += ahead;
+            slowest = slowest.max(lead + ms - ahead);
+            match share.device {
+                Device::Cpu => alone = 0.0,
+                Device::Cuda(_) if place.len() == 1 => alone += ms,
+                Device::Cuda(_) => {
+                    lead = 1e3 * rates.leading_seconds(&decode);
+                    let waited = (alone + lead) * 1e-3;
+                    ahead = 1e3 * time::seconds_ahead(&facts.host, problem.threads, block, waited);
+                }
             }
             let device = match group.devices.iter().position(|d| d.device == share.device) {
                 Some(at) => &mut group.devices[at],
@@ -176,6 +189,7 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         token_ms,
         handoff_ms: (token_ms - in_blocks - fixed_ms).max(0.0),
         fixed_ms,
+        ahead_ms,
         prompt_streams: outcome.prompt_streams,
         bound: bound(&groups, token_ms),
         groups,

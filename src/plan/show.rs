@@ -175,6 +175,9 @@ pub fn text(plan: &Plan, model: &Model) -> String {
     if p.handoff_ms > 0.0005 {
         let _ = writeln!(line, "  hand-offs: {} ms", short(p.handoff_ms));
     }
+    if p.ahead_ms > 0.0005 {
+        let _ = writeln!(line, "  read ahead by waiting CPU workers: {} ms of their shares", short(p.ahead_ms));
+    }
     let _ = writeln!(line, "  launch and sampling: {} ms", short(p.fixed_ms));
     let _ =
         writeln!(line, "  together: {} ms = {} tok/s   bound: {}", short(p.token_ms), short(p.generate_tok_s), p.bound);

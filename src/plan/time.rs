@@ -20,8 +20,8 @@ const CPU_GEMV_SHARE: f64 = 0.92;
 const CPU_STAGE_US: f64 = 4.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
-/// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the machine:
-/// they share the decoding of its weights.
+/// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the
+/// machine: they share the decoding of its weights.
 const CPU_EXPERT_TOKENS: f64 = 16.0;
 /// Share of a thread's plain products that attention scores and the delta rule reach; measured hosts with AVX-512 reach
 /// twice what is promised for those that are not here.
@@ -289,8 +289,8 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (
     }
 }
 
-/// Seconds of its share of `block` that the CPU has done when it is asked for it, having waited `waited` seconds for the
-/// GPU: it reads weights ahead meanwhile, of a mixture those of the experts that the GPU foresees.
+/// Seconds of its share of `block` that the CPU has done when it is asked for it, having waited `waited` seconds for
+/// the GPU: it reads weights ahead meanwhile, of a mixture those of the experts that the GPU foresees.
 pub(super) fn seconds_ahead(host: &Host, threads: usize, block: &Block<Weight>, waited: f64) -> f64 {
     let most = (tandem_cpu::AHEAD_BYTES * threads) as f64 / host.read_gb_per_s(threads) / 1e9;
     let useful = if matches!(block, Block::Moe(_)) { CPU_AHEAD_EXPERTS } else { CPU_AHEAD_ROWS };
