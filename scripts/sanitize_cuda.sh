@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 built() {
     cargo test --release --no-run --message-format=json -p "$1" --test tests |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1
+        sed -n 's/.*"executable":"\([^"]*\/deps\/tests-[^"]*\)".*/\1/p' | tail -n 1
 }
 tests=${TESTS:-$(built tandem)}
 cuda_tests=${CUDA_TESTS:-$(built tandem-cuda)}
