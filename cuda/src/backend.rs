@@ -1233,7 +1233,7 @@ fn n_embd(block: &Block<Weight>) -> usize {
 mod tests {
     use super::*;
     use tandem_spec::testing::{AttentionParts, Maker};
-    use tandem_spec::{AttentionShape, FfnShape, HeadShape, KvDtype, Rope, RopeScaling, RopeStyle, Sequence};
+    use tandem_spec::{AttentionShape, FfnShape, HeadShape, KvDtype, MoeShape, Rope, RopeScaling, RopeStyle, Sequence};
 
     /// Which step of a process of its own is to fail.
     const STEP: &str = "TANDEM_TEST_FAULT";
@@ -1241,6 +1241,54 @@ mod tests {
     fn compiler() -> Result<Compiler, Error> {
         let libs = std::env::var_os("TANDEM_CUDA_LIBS").map(std::path::PathBuf::from);
         Compiler::new(libs.as_deref(), Some(std::env::temp_dir().join("tandem-test-cubins")))
+    }
+
+    /// Where nothing comes between two mixtures, the experts that are foreseen are those that are chosen, in their order and
+    /// with the marks of those that are here; of the first mixture nothing is known.
+    #[test]
+    fn experts_are_foreseen() {
+        let (device, compiler) = match Device::open(0).and_then(|device| Ok((Arc::new(device), compiler()?))) {
+            Ok(gpu) => gpu,
+            Err(e) => return println!("skipped: {e}"),
+        };
+        let mut maker = Maker::new(2, &[TensorType::Q4_K]);
+        let (n_embd, n_used) = (512, 6);
+        let shape = MoeShape { n_embd, n_experts: 40, n_used, n_ff: 256, n_ff_shared: 256, rms_eps: 1e-6 };
+        let blocks = [0, 1].map(|i| Block::Moe(maker.moe(i, &shape)).share(0..20, true));
+        let options = Options { n_slots: 1, n_ctx: 16, n_batch: 1, kv: KvDtype::F32 };
+        let backend = Backend::load(&device, compiler, &blocks, &maker.source, &options, &mut |_, _| {}).unwrap();
+        let tasks = [0, 1].map(|at| HostTask { at, is_share: true, gives: true, takes: true });
+        let backend = backend.with_host_tasks(tasks.to_vec());
+        let mut state = backend.state().unwrap();
+        let mailbox = state.mailbox().unwrap().clone();
+        for seed in 1..9 {
+            let mut x: Vec<f32> = (0..n_embd).map(|i| ((i * seed) as f32).sin()).collect();
+            let base = mailbox.begin();
+            let serve = || {
+                let mut all = Vec::new();
+                for task in 0..2 {
+                    assert!(mailbox.wait(base, task, 1, &|| backend.is_alive()));
+                    let (_, sum, _, ids, ..) = mailbox.memory();
+                    // SAFETY: both are longer, and the GPU leaves them alone until the answer.
+                    let chosen = unsafe {
+                        sum.write_bytes(0, n_embd);
+                        std::slice::from_raw_parts(ids, n_used).to_vec()
+                    };
+                    all.push((chosen, (0..n_used).map_while(|i| mailbox.foreseen(base, task, i)).collect::<Vec<_>>()));
+                    mailbox.post(base, task);
+                }
+                all
+            };
+            let batch = Batch::single(0, 0, &[0], false);
+            let (run, served) = std::thread::scope(|scope| {
+                let workers = scope.spawn(serve);
+                (backend.run(&mut state, 0..2, &batch, &mut x, &mut []), workers.join().unwrap())
+            });
+            run.unwrap();
+            let [(_, of_first), (chosen, foreseen)] = &served[..] else { unreachable!("two tasks") };
+            assert!(of_first.is_empty(), "{of_first:?}");
+            assert_eq!(foreseen, chosen, "seed {seed}");
+        }
     }
 
     #[test]

@@ -22,11 +22,11 @@ const N_USED: usize = 8;
 /// Tokens that share no expert with each other, and tokens of their prompt.
 const KINDS: usize = 8;
 const MOST: usize = KINDS * EXPERT_TOKENS;
-/// Steps of one token. Of steps the median counts: the fastest is 5 % faster than a text of many of them.
-const DECODE_STEPS: usize = 9;
+/// How long each rate is measured. The mean of all steps counts, as it does for a text: others on a shared machine come
+/// and go within milliseconds.
+const SECONDS: f64 = 0.2;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
 const PROMPT_TOKENS: usize = 256;
-const PROMPT_STEPS: usize = 3;
 
 /// Zeros: speeds do not depend on the values.
 struct Zeros(Vec<u8>);
@@ -114,25 +114,14 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
         n_choices: ids.len(),
     };
     let desk = Desk { memory, ids: &ids, n_tasks };
-    // Of each type, the median seconds of steps of so many tasks of so many tokens, after one that warms up.
-    let mut seconds = |n_tasks: usize, n_tokens: usize, n_steps: usize| {
+    let mut seconds = |n_tasks: usize, n_tokens: usize| {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
-        let mut seconds = vec![Vec::new(); types.len()];
-        for step in 0..=n_steps {
-            for (i, seconds) in seconds.iter_mut().enumerate() {
-                let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
-                let start = Instant::now();
-                backend.serve(&tasks, &batch, &mut state, &desk, &mut [])?;
-                if step > 0 {
-                    seconds.push(start.elapsed().as_secs_f64());
-                }
-            }
-        }
-        seconds.iter_mut().for_each(|seconds| seconds.sort_by(f64::total_cmp));
-        Ok::<_, Error>(seconds.into_iter().map(move |seconds| seconds[n_steps / 2]))
+        mean_seconds(types.len(), &mut |i| {
+            let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
+            backend.serve(&tasks, &batch, &mut state, &desk, &mut []).map(|_| ())
+        })
     };
-    let decode: Vec<f64> = seconds(n_tasks, 1, DECODE_STEPS)?.collect();
-    let prompt = seconds(1, MOST, PROMPT_STEPS)?;
+    let (decode, prompt) = (seconds(n_tasks, 1)?, seconds(1, MOST)?);
     let ops = 2.0 * (3 * EXPERT_EMBD * EXPERT_FF * N_USED * MOST) as f64;
     let rates = types
         .iter()
@@ -140,6 +129,22 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
         .zip(prompt)
         .map(|((&ty, decode), prompt)| ((3 * n_experts * matrix(ty)) as f64 / decode / 1e9, ops / prompt / 1e9));
     Ok(rates.collect())
+}
+
+/// Of `n` things that `run` does, the mean seconds of each: they take turns for [`SECONDS`] in all, after a round that warms
+/// up.
+fn mean_seconds(n: usize, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<Vec<f64>, Error> {
+    (0..n).try_for_each(&mut *run)?;
+    let (mut sums, mut n_rounds, begin) = (vec![0.0; n], 0.0, Instant::now());
+    while n_rounds < 1.0 || begin.elapsed().as_secs_f64() < SECONDS {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let start = Instant::now();
+            run(i)?;
+            *sum += start.elapsed().as_secs_f64();
+        }
+        n_rounds += 1.0;
+    }
+    Ok(sums.into_iter().map(|sum| sum / n_rounds).collect())
 }
 
 /// The other side of a step of mixtures, always ready: the first token of task `i` is about experts `i`, `i + n_tasks`
@@ -221,30 +226,22 @@ impl Blocks {
         Ok(Self { backend, state, x: vec![1.0; PROMPT_TOKENS * N_EMBD], n_bytes, n_blocks })
     }
 
-    /// Of each type, the median of `n_steps` of `n_tokens` through `n_blocks` of its blocks, after one that warms up.
-    fn seconds(&mut self, n_blocks: usize, n_tokens: usize, n_steps: usize) -> Result<Vec<f64>, Error> {
+    /// Of each type, seconds of `n_tokens` through `n_blocks` of its blocks.
+    fn seconds(&mut self, n_blocks: usize, n_tokens: usize) -> Result<Vec<f64>, Error> {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
-        let mut seconds = vec![Vec::new(); self.n_bytes.len()];
-        for step in 0..=n_steps {
-            for (i, seconds) in seconds.iter_mut().enumerate() {
-                let (first, start) = (i * self.n_blocks, Instant::now());
-                self.backend.run(first..first + n_blocks, &batch, &mut self.state, &mut self.x, &mut [])?;
-                if step > 0 {
-                    seconds.push(start.elapsed().as_secs_f64());
-                }
-            }
-        }
-        seconds.iter_mut().for_each(|seconds| seconds.sort_by(f64::total_cmp));
-        Ok(seconds.iter().map(|seconds| seconds[n_steps / 2]).collect())
+        mean_seconds(self.n_bytes.len(), &mut |i| {
+            let first = i * self.n_blocks;
+            self.backend.run(first..first + n_blocks, &batch, &mut self.state, &mut self.x, &mut [])
+        })
     }
 
     fn decode_gb_per_s(&mut self) -> Result<Vec<f64>, Error> {
-        let seconds = self.seconds(self.n_blocks, 1, DECODE_STEPS)?;
+        let seconds = self.seconds(self.n_blocks, 1)?;
         Ok(self.n_bytes.iter().zip(seconds).map(|(n, s)| (n * self.n_blocks) as f64 / s / 1e9).collect())
     }
 
     fn prompt_gflops(&mut self) -> Result<Vec<f64>, Error> {
         let ops = 2.0 * (3 * N_EMBD * N_FF * PROMPT_TOKENS) as f64;
-        Ok(self.seconds(1, PROMPT_TOKENS, PROMPT_STEPS)?.into_iter().map(|s| ops / s / 1e9).collect())
+        Ok(self.seconds(1, PROMPT_TOKENS)?.into_iter().map(|s| ops / s / 1e9).collect())
     }
 }

@@ -278,8 +278,7 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (
         Some(kernel) => {
             let share = host.read_gb_per_s(threads) / host.read_gb_per_s(host.threads);
             let decode = if is_experts { kernel.experts_gb_per_s } else { kernel.decode_gb_per_s };
-            let decode = decode.min(host.read_gb_per_s(host.threads)) * share;
-            (decode, kernel.prompt_gflops * threads as f64 / host.threads as f64)
+            (decode * share, kernel.prompt_gflops * threads as f64 / host.threads as f64)
         }
         None => {
             let (gb, gflops) = per_thread(host.isa, ty);
