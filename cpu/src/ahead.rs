@@ -35,6 +35,14 @@ impl<'a> Ahead<'a> {
     }
 }
 
+/// Asks for the first `n_bytes` of `rows` (from a whole panel on) of `matrix`, which will be read soon: memory is slow to
+/// begin.
+pub(crate) fn begin(matrix: &Matrix, rows: Range<usize>, n_bytes: usize) {
+    let panel_rows = matrix.panel_rows();
+    let bytes = matrix.panel_bytes(rows.start / panel_rows..rows.end.div_ceil(panel_rows));
+    bytes[..bytes.len().min(n_bytes)].iter().step_by(64).for_each(|line| fetch(line));
+}
+
 /// Asks for a cache line, past the first-level cache.
 #[inline(always)]
 fn fetch(line: *const u8) {

@@ -74,14 +74,13 @@ impl FfnBlock {
 
     /// Reads ahead what this worker will multiply first.
     pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        let n_ff = self.shape.n_ff;
-        let size = piece_rows(n_ff, w.n_workers());
-        for piece in w.share(n_ff.div_ceil(size)) {
-            let rows = piece * size..((piece + 1) * size).min(n_ff);
-            if !ahead.rows(&self.ffn_gate.matrix, rows.clone()) || !ahead.rows(&self.ffn_up.matrix, rows) {
-                return;
-            }
-        }
+        let (gate, up, down) = (&self.ffn_gate.matrix, &self.ffn_up.matrix, &self.ffn_down.matrix);
+        let pieces = |n: usize| {
+            let size = piece_rows(n, w.n_workers());
+            w.share(n.div_ceil(size)).map(move |piece| piece * size..((piece + 1) * size).min(n))
+        };
+        let _ = pieces(self.shape.n_ff).all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
+            && pieces(self.shape.n_embd).all(|rows| ahead.rows(down, rows));
     }
 
     /// Adds the block to the residual stream.

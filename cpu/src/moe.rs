@@ -2,7 +2,7 @@
 //! that each expert multiplies its tokens together and the rows of all chosen experts are one space; down projections
 //! of a piece of rows go through all experts and are summed by one worker.
 
-use crate::ahead::Ahead;
+use crate::ahead::{Ahead, begin};
 use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
@@ -129,6 +129,17 @@ pub(crate) fn shared_start(shape: &MoeShape, n_tokens: usize) -> usize {
     (n_tokens * shape.n_used * shape.n_ff).next_multiple_of(256)
 }
 
+/// Of one token's experts, bytes that are asked for before the rows of another expert are multiplied, and before a
+/// barrier.
+const BEGIN_BYTES: usize = 3072;
+const BARRIER_BYTES: usize = 16384;
+
+/// Of `n` rows of an expert, those that worker `w` multiplies for one token unless another helps it.
+fn worker_rows(w: &Worker, n: usize) -> Range<usize> {
+    let parts = w.share(n.div_ceil(32));
+    n.min(parts.start * 32)..n.min(parts.end * 32)
+}
+
 struct SharedBlock {
     /// `[1, n_embd]`.
     gate_inp: Option<Projection>,
@@ -196,11 +207,7 @@ impl MoeBlock {
     /// Reads ahead what this worker will multiply first if `experts` are chosen, the likeliest first: of one token a
     /// worker has the same rows of whatever experts.
     pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
-        let rows = |n: usize| {
-            let panels = w.share(n.div_ceil(32));
-            panels.start * 32..n.min(panels.end * 32)
-        };
-        let (hidden, out) = (rows(self.shape.n_ff), rows(self.shape.n_embd));
+        let (hidden, out) = (worker_rows(w, self.shape.n_ff), worker_rows(w, self.shape.n_embd));
         for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
             let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
             if !parts.into_iter().all(|(p, rows)| ahead.rows(&p.matrix, rows.clone())) {
@@ -294,6 +301,10 @@ impl MoeBlock {
                 let at = |choice: usize, col: usize| choice * n_ff + col;
                 let out = step.memory.ptr(step.hidden(at(range.start, rows.start)..at(range.end - 1, rows.end)));
                 let (gate, up) = (&self.gate[expert], &self.up[expert]);
+                if alone {
+                    let next = routing.active.get(unit + 1).map(|(e, _)| &self.gate[*e as usize]);
+                    [Some(up), next].into_iter().flatten().for_each(|p| begin(&p.matrix, rows.clone(), BEGIN_BYTES));
+                }
                 // SAFETY: these hidden columns of the expert are this worker's piece.
                 unsafe { gate_up(isa, gate, up, rows, &inputs(&range), (out, n_ff), tile) };
             } else if let Some(s) = self.shared.as_ref().filter(|_| unit == routing.active.len() && first < n_ff_shared)
@@ -304,6 +315,10 @@ impl MoeBlock {
                 // SAFETY: as above.
                 unsafe { gate_up(isa, &s.gate, &s.up, rows, &h, (out, n_ff_shared), tile) };
             }
+        }
+        // The first of what follows comes from memory while workers wait for each other.
+        if let Some((expert, _)) = routing.active.first().filter(|_| alone) {
+            begin(&self.down[*expert as usize].matrix, worker_rows(w, n_embd), BARRIER_BYTES);
         }
         w.barrier();
 
@@ -337,6 +352,9 @@ impl MoeBlock {
             let x = |token: usize| unsafe { step.target(token, rows.clone()) };
             for i in 0..routing.active.len() {
                 let (expert, range) = choices(i);
+                if let Some((next, _)) = routing.active.get(i + 1).filter(|_| alone) {
+                    begin(&self.down[*next as usize].matrix, rows.clone(), BEGIN_BYTES);
+                }
                 // SAFETY: the tile is this worker's own.
                 unsafe { self.down[expert].apply(isa, rows.clone(), &hidden(&range), tile.as_mut_ptr(), n) };
                 for (choice, y) in routing.sorted[range].iter().zip(tile.chunks_exact(n)) {

@@ -24,7 +24,7 @@ const KINDS: usize = 8;
 const MOST: usize = KINDS * EXPERT_TOKENS;
 /// How long each rate is measured. The mean of all steps counts, as it does for a text: others on a shared machine come
 /// and go within milliseconds.
-const SECONDS: f64 = 0.2;
+const SECONDS: f64 = 0.5;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
 const PROMPT_TOKENS: usize = 256;
 

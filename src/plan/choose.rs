@@ -11,7 +11,7 @@
 //! that costs more than the rows it moves) is simply not taken.
 
 use super::bytes::{self, Sizes, StagingBytes};
-use super::time::{self, Rates};
+use super::time::{self, Ahead, Rates};
 use super::{Alternative, Device, Place, Plan, Refusal, Share, Wishes, Workload, n_parts, row_unit};
 use crate::machine::Machine;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
@@ -68,6 +68,7 @@ struct Cell {
     /// Seconds of one token on the GPU and on the CPU; the latter begins `lead` seconds later.
     decode: [f64; 2],
     lead: f64,
+    ahead: Ahead,
     /// Seconds of one prompt batch.
     prompt: [f64; 2],
     /// One prompt batch wholly on the GPU, and the bytes that must be streamed for that; infinite where the
@@ -79,9 +80,9 @@ struct Cell {
 }
 
 impl Cell {
-    /// Seconds of one token, of which the CPU has done `ahead` before the GPU comes to the block.
-    fn decode_seconds(&self, ahead: f64) -> f64 {
-        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] - ahead } else { 0.0 };
+    /// Seconds of one token, where the CPU has waited `waited` seconds when the GPU comes to the block.
+    fn decode_seconds(&self, waited: f64) -> f64 {
+        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] - self.ahead.seconds(waited) } else { 0.0 };
         self.decode[0].max(cpu)
     }
 }
@@ -463,9 +464,10 @@ impl<'a> Tables<'a> {
                         }
                     };
                     (cell.decode[side], cell.prompt[side]) = seconds(&rates, share.part.len(), nth == 0);
-                    if nth == 0 {
-                        let work = time::work(block, share.part.len(), true, 1, past, &self.sizes);
-                        cell.lead = rates.leading_seconds(&work);
+                    let work = time::work(block, share.part.len(), nth == 0, 1, past, &self.sizes);
+                    match nth {
+                        0 => cell.lead = rates.leading_seconds(&work),
+                        _ => cell.ahead = Ahead::new(&rates, block, &work),
                     }
                 }
                 cell
@@ -798,9 +800,7 @@ impl<'a> Tables<'a> {
             if home.is_none() {
                 alone = 0.0;
             } else if cell.decode[1] > 0.0 {
-                let ahead =
-                    time::seconds_ahead(&facts.host, problem.threads, &problem.model.blocks[i], alone + cell.lead);
-                all.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(ahead.min(cell.decode[1]));
+                all.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(alone + cell.lead);
                 alone = 0.0;
             } else {
                 alone += cell.decode[0];

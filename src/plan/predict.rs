@@ -2,7 +2,7 @@
 
 use super::bytes::{self, Entry};
 use super::choose::{self, Outcome, Problem};
-use super::time::{self, Rates};
+use super::time::{self, Ahead, Rates};
 use super::{Device, Limit, Place, Plan};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -143,24 +143,24 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         });
         let group = &mut groups[at];
         group.n_blocks += 1;
-        let (mut slowest, mut lead, mut ahead) = (0.0f64, 0.0, 0.0);
+        let (mut slowest, mut lead) = (0.0f64, 0.0);
         for (nth, share) in place.iter().enumerate() {
             let work = |n, past| time::work(block, share.part.len(), nth == 0, n, past, &outcome.sizes);
             let (decode, batch) = (work(1, past), work(prompt, workload.prompt.saturating_sub(prompt) / 2));
             let rates = rates(share.device);
             let ms = 1e3 * rates.seconds(&decode);
-            ahead = ms.min(ahead);
-            ahead_ms += ahead;
-            slowest = slowest.max(lead + ms - ahead);
+            let mut ahead = 0.0;
             match share.device {
-                Device::Cpu => alone = 0.0,
                 Device::Cuda(_) if place.len() == 1 => alone += ms,
-                Device::Cuda(_) => {
-                    lead = 1e3 * rates.leading_seconds(&decode);
-                    let waited = (alone + lead) * 1e-3;
-                    ahead = 1e3 * time::seconds_ahead(&facts.host, problem.threads, block, waited);
+                Device::Cuda(_) => lead = 1e3 * rates.leading_seconds(&decode),
+                Device::Cpu if nth == 0 => alone = 0.0,
+                Device::Cpu => {
+                    ahead = 1e3 * Ahead::new(&rates, block, &decode).seconds((alone + lead) * 1e-3);
+                    alone = 0.0;
                 }
             }
+            ahead_ms += ahead;
+            slowest = slowest.max(if nth == 0 { ms } else { lead + ms - ahead });
             let device = match group.devices.iter().position(|d| d.device == share.device) {
                 Some(at) => &mut group.devices[at],
                 None => {

@@ -62,10 +62,10 @@ const GPU_PASS: usize = 8;
 /// Share of [`Gpu::mma_tflops`] of our own products, and the weights that a multiprocessor decodes per second for
 /// the rows of a tile; fewer rows than a tile has take as long.
 const GPU_TILE_SHARE: f64 = 0.8;
-const GPU_TILE_WEIGHTS_PER_S: f64 = 5.8e9;
+const GPU_TILE_WEIGHTS_PER_S: f64 = 7.0e9;
 const GPU_TILE_ROWS: f64 = 128.0;
 /// Share of [`Gpu::dense_tflops`], the best of a few products, in a prompt, where the chip is hot.
-const GPU_DENSE_SHARE: f64 = 0.92;
+const GPU_DENSE_SHARE: f64 = 0.88;
 /// Bytes that move per weight which is decoded to 16 bits for cuBLASLt, and the smallest products that go there.
 const GPU_DENSE_BYTES: f64 = 4.0;
 const GPU_DENSE_WEIGHTS: f64 = (1 << 20) as f64;
@@ -76,8 +76,8 @@ const GPU_FLASH_SHARE: f64 = 0.25;
 const GPU_DELTA_TOKEN_US: f64 = 0.08;
 const GPU_DELTA_BYTES: f64 = 200.0;
 /// What a mixer and a feed-forward block take beside these in a prompt batch, microseconds.
-const GPU_MIXER_US: f64 = 55.0;
-const GPU_FEED_FORWARD_US: f64 = 12.0;
+const GPU_MIXER_US: f64 = 75.0;
+const GPU_FEED_FORWARD_US: f64 = 22.0;
 
 /// What one thread decodes at most, GB/s of weights, and multiplies, 10^9 operations per second, where the
 /// kernels were not measured on the machine.
@@ -288,17 +288,40 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (
     }
 }
 
-/// Seconds of its share of `block` that the CPU has done when it is asked for it, having waited `waited` seconds for
-/// the GPU: it reads weights ahead meanwhile, of a mixture those of the experts that the GPU foresees.
-pub(super) fn seconds_ahead(host: &Host, threads: usize, block: &Block<Weight>, waited: f64) -> f64 {
-    let most = (tandem_cpu::AHEAD_BYTES * threads) as f64 / host.read_gb_per_s(threads) / 1e9;
-    let useful = if matches!(block, Block::Moe(_)) { CPU_AHEAD_EXPERTS } else { CPU_AHEAD_ROWS };
-    useful * waited.min(most)
+/// What a CPU that waits for a GPU saves of its next share of a block: it reads weights ahead meanwhile, of a mixture
+/// those of the experts that the GPU foresees.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ahead {
+    /// Of the time that it waits, what it has not to read later.
+    useful: f64,
+    /// Seconds that it saves at most.
+    most: f64,
+}
+
+impl Ahead {
+    /// Of `work`, a share of `block`.
+    pub fn new(rates: &Rates, block: &Block<Weight>, work: &Work) -> Self {
+        let Rates::Cpu { host, threads } = *rates else { return Self::default() };
+        let cached = (tandem_cpu::AHEAD_BYTES * threads) as f64 / host.read_gb_per_s(threads) / 1e9;
+        let useful = if matches!(block, Block::Moe(_)) { CPU_AHEAD_EXPERTS } else { CPU_AHEAD_ROWS };
+        Self { useful, most: useful * cached.min(cpu_read_seconds(host, threads, work)) }
+    }
+
+    /// Seconds saved where it has waited `waited` seconds.
+    pub fn seconds(&self, waited: f64) -> f64 {
+        (self.useful * waited).min(self.most)
+    }
+}
+
+/// Seconds in which the CPU reads the weights of `work`, a few tokens.
+fn cpu_read_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
+    let rate = |p: &Product| cpu_rates(host, threads, p.ty, p.is_stack && work.n_tokens == 1).0;
+    work.products.iter().map(|p| p.bytes() / rate(p) / 1e9).sum()
 }
 
 fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
     let rates = |p: &Product| cpu_rates(host, threads, p.ty, p.is_stack && work.n_tokens == 1);
-    let read: f64 = work.products.iter().map(|p| p.bytes() / rates(p).0 / 1e9).sum();
+    let read = cpu_read_seconds(host, threads, work);
     let multiply: f64 = work.products.iter().map(|p| p.ops() / (rates(p).1 * p.share_of_many(work, host)) / 1e9).sum();
     let share = match host.isa {
         Isa::Amx | Isa::Avx512 if !host.kernels.is_empty() => CPU_SCAN_SHARE_AVX512,
