@@ -35,8 +35,8 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// Asks for the first `n_bytes` of `rows` (from a whole panel on) of `matrix`, which will be read soon: memory is slow to
-/// begin.
+/// Asks for the first `n_bytes` of `rows` (from a whole panel on) of `matrix`, which will be read soon: memory is slow
+/// to begin.
 pub(crate) fn begin(matrix: &Matrix, rows: Range<usize>, n_bytes: usize) {
     let panel_rows = matrix.panel_rows();
     let bytes = matrix.panel_bytes(rows.start / panel_rows..rows.end.div_ceil(panel_rows));

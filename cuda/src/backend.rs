@@ -1243,8 +1243,8 @@ mod tests {
         Compiler::new(libs.as_deref(), Some(std::env::temp_dir().join("tandem-test-cubins")))
     }
 
-    /// Where nothing comes between two mixtures, the experts that are foreseen are those that are chosen, in their order and
-    /// with the marks of those that are here; of the first mixture nothing is known.
+    /// Where nothing comes between two mixtures, the experts that are foreseen are those that are chosen, in their
+    /// order and with the marks of those that are here; of the first mixture nothing is known.
     #[test]
     fn experts_are_foreseen() {
         let (device, compiler) = match Device::open(0).and_then(|device| Ok((Arc::new(device), compiler()?))) {

@@ -131,8 +131,8 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
     Ok(rates.collect())
 }
 
-/// Of `n` things that `run` does, the mean seconds of each: they take turns for [`SECONDS`] in all, after a round that warms
-/// up.
+/// Of `n` things that `run` does, the mean seconds of each: they take turns for [`SECONDS`] in all, after a round that
+/// warms up.
 fn mean_seconds(n: usize, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<Vec<f64>, Error> {
     (0..n).try_for_each(&mut *run)?;
     let (mut sums, mut n_rounds, begin) = (vec![0.0; n], 0.0, Instant::now());
