@@ -317,15 +317,18 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                         let scales = Q::scales::<S>(p);
                         let mut sum = [S::no_sum()];
                         for_tiles!(S, |k| {
-                            let mut w = [S::splat_u8(0); 8];
-                            for g in 0..8 {
-                                prefetch::<S>(p, 8 * k + g, tile_bytes / 8);
-                                w[g] = Q::code::<S>(p, k, g);
-                                // Keeps lines asked for one by one: in bursts they hold up the loads between them. Two
-                                // cores of a Sapphire Rapids read 30 to 31 GB/s so, without 28 to 30.
-                                compiler_fence(Ordering::SeqCst);
+                            let tile_scales = tile_scales::<S, Q>(&scales, k);
+                            if S::LANES == 16 {
+                                let x = codes.cast::<i8>().add(k % 2 * BLOCK_LEN);
+                                dot_half::<S, Q>(p, k, 0, tile_scales[0], x, &mut sum);
+                                dot_half::<S, Q>(p, k, 1, tile_scales[1], x, &mut sum);
+                            } else {
+                                let mut w = [S::splat_u8(0); 8];
+                                for g in 0..8 {
+                                    w[g] = code_and_prefetch::<S, Q>(p, k, g);
+                                }
+                                dot_tile::<S, Q, 1>(&w, tile_scales, codes, k % 2, &mut sum);
                             }
-                            dot_tile::<S, Q, 1>(&w, tile_scales::<S, Q>(&scales, k), codes, k % 2, &mut sum);
                             codes = codes.wrapping_add(k % 2 * n_tokens);
                         });
                         acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum[0], acc);
@@ -393,6 +396,43 @@ unsafe fn dot_tile<S: Simd, Q: SuperQuant, const T: usize>(
         } else {
             S::dot_scaled(Q::BITS, w, scales[0], x, sums);
         }
+    }
+}
+
+/// Codes `[LANES, 4]` of columns `32 k + 4 g ..` of the packed block at `p`, and the lines that lie some way behind are
+/// asked for.
+#[inline(always)]
+unsafe fn code_and_prefetch<S: Simd, Q: SuperQuant>(p: *const u8, k: usize, g: usize) -> S::V {
+    // SAFETY: the caller has the instruction set and a packed block.
+    unsafe {
+        prefetch::<S>(p, 8 * k + g, Q::BLOCK_BYTES * S::LANES / 64);
+        let code = Q::code::<S>(p, k, g);
+        // Keeps lines asked for one by one: in bursts they hold up the loads between them. Two cores of a Sapphire
+        // Rapids read 30 to 31 GB/s so, without 28 to 30.
+        compiler_fence(Ordering::SeqCst);
+        code
+    }
+}
+
+/// Adds `scale * code . x` over half `half` of tile `k` to `sum`, for one row of activations. Products come between the
+/// loads of codes, not behind those of a whole tile: two cores of a Sapphire Rapids read Q6_K at 86 to 94 % of what they
+/// can so, at 81 to 86 % by tiles.
+#[inline(always)]
+unsafe fn dot_half<S: Simd, Q: SuperQuant>(
+    p: *const u8,
+    k: usize,
+    half: usize,
+    scale: S::Scale,
+    x: *const i8,
+    sum: &mut [S::Sum; 1],
+) {
+    // SAFETY: the caller has the instruction set, a packed block and the 32 codes of the tile.
+    unsafe {
+        let mut w = [S::splat_u8(0); 4];
+        for g in 0..4 {
+            w[g] = code_and_prefetch::<S, Q>(p, k, 4 * half + g);
+        }
+        S::dot_scaled_half(Q::BITS, &w, scale, [x.add(half * BLOCK_LEN / 2)], sum);
     }
 }
 

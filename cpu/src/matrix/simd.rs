@@ -100,14 +100,30 @@ pub(super) trait Simd: Copy {
         x: [*const i8; T],
         sums: &mut [Self::Sum; T],
     );
-    /// The same with a scale for each half of the columns.
+    /// The same over 16 columns.
+    unsafe fn dot_scaled_half<const T: usize>(
+        bits: u32,
+        w: &[Self::V; 4],
+        scale: Self::Scale,
+        x: [*const i8; T],
+        sums: &mut [Self::Sum; T],
+    );
+    /// The same over 32 columns with a scale for each half of them.
+    #[inline(always)]
     unsafe fn dot_scaled_halves<const T: usize>(
         bits: u32,
         w: &[Self::V; 8],
         scales: [Self::Scale; 2],
         x: [*const i8; T],
         sums: &mut [Self::Sum; T],
-    );
+    ) {
+        let [a, b, c, d, e, f, g, h] = *w;
+        // SAFETY: as the caller promises for 32 columns.
+        unsafe {
+            Self::dot_scaled_half(bits, &[a, b, c, d], scales[0], x, sums);
+            Self::dot_scaled_half(bits, &[e, f, g, h], scales[1], x.map(|x| x.add(16)), sums);
+        }
+    }
     /// 16-bit pairs `[LANES, 2]` of the i8 `[LANES]` at `p` and the next `LANES`.
     unsafe fn pairs(p: *const i8) -> Self::V;
     /// `sum_i pairs[i / 2][i % 2] * x[i]` over 16-bit numbers `[2 * pairs.len()]`.

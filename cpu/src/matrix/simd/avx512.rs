@@ -3,19 +3,18 @@
 
 use super::Simd;
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// Sixteen rows in 512-bit registers.
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx512;
 
-/// Adds products of groups `range` of four columns to `sums`. Rows of activations take turns, so that `T` chains of
+/// Adds products of groups of four columns to `sums`. Rows of activations take turns, so that `T` chains of
 /// additions hide each other's latency.
 #[inline(always)]
-unsafe fn dot<const T: usize>(w: &[__m512i; 8], x: [*const i8; T], range: Range<usize>, sums: &mut [__m512i; T]) {
-    // SAFETY: the caller has AVX-512 and 32 codes at each pointer; `range` ends at 8 at most.
+unsafe fn dot<const T: usize>(w: &[__m512i], x: [*const i8; T], sums: &mut [__m512i; T]) {
+    // SAFETY: the caller has AVX-512 and four codes a group at each pointer.
     unsafe {
-        for g in range {
+        for g in 0..w.len() {
             for t in 0..T {
                 let x = _mm512_set1_epi32(x[t].cast::<i32>().add(g).read_unaligned());
                 sums[t] = _mm512_dpbusd_epi32(sums[t], w[g], x);
@@ -210,7 +209,7 @@ impl Simd for Avx512 {
         // SAFETY: as the trait asks.
         unsafe {
             let mut sums = times::<T>(-i16::from(zero), x_sums);
-            dot(w, x, 0..8, &mut sums);
+            dot(w, x, &mut sums);
             to_f32(sums)
         }
     }
@@ -230,7 +229,7 @@ impl Simd for Avx512 {
         // SAFETY: as the trait asks.
         unsafe {
             let mut sums = times::<T>(-128, x_sums);
-            dot(w, x, 0..8, &mut sums);
+            dot(w, x, &mut sums);
             to_f32(sums)
         }
     }
@@ -259,28 +258,26 @@ impl Simd for Avx512 {
         // SAFETY: as the trait asks.
         unsafe {
             let mut dots = [_mm512_setzero_si512(); T];
-            dot(w, x, 0..8, &mut dots);
+            dot(w, x, &mut dots);
             for (sum, dot) in sums.iter_mut().zip(to_f32(dots)) {
                 *sum = _mm512_fmadd_ps(dot, scale, *sum);
             }
         }
     }
     #[inline(always)]
-    unsafe fn dot_scaled_halves<const T: usize>(
+    unsafe fn dot_scaled_half<const T: usize>(
         _: u32,
-        w: &[__m512i; 8],
-        scales: [__m512; 2],
+        w: &[__m512i; 4],
+        scale: __m512,
         x: [*const i8; T],
         sums: &mut [__m512; T],
     ) {
         // SAFETY: as the trait asks.
         unsafe {
-            for half in 0..2 {
-                let mut dots = [_mm512_setzero_si512(); T];
-                dot(w, x, 4 * half..4 * half + 4, &mut dots);
-                for (sum, dot) in sums.iter_mut().zip(to_f32(dots)) {
-                    *sum = _mm512_fmadd_ps(dot, scales[half], *sum);
-                }
+            let mut dots = [_mm512_setzero_si512(); T];
+            dot(w, x, &mut dots);
+            for (sum, dot) in sums.iter_mut().zip(to_f32(dots)) {
+                *sum = _mm512_fmadd_ps(dot, scale, *sum);
             }
         }
     }

@@ -211,18 +211,17 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn dot_scaled_halves<const T: usize>(
+    unsafe fn dot_scaled_half<const T: usize>(
         _: u32,
-        w: &[V; 8],
-        scales: [[i32; 8]; 2],
+        w: &[V; 4],
+        scale: [i32; 8],
         x: [*const i8; T],
         sums: &mut [[i32; 8]; T],
     ) {
         for (x, sum) in x.into_iter().zip(sums) {
-            // SAFETY: the caller's pointers are valid for 32 bytes.
-            let x = unsafe { &*x.cast::<[i8; 32]>() };
-            let (a, b) = (dot_groups::<false>(&w[..4], &x[..16]), dot_groups::<false>(&w[4..], &x[16..]));
-            *sum = from_fn(|r| sum[r] + scales[0][r] * a[r] + scales[1][r] * b[r]);
+            // SAFETY: the caller's pointers are valid for 16 bytes.
+            let dot = dot_groups::<false>(w, unsafe { &*x.cast::<[i8; 16]>() });
+            *sum = from_fn(|r| sum[r] + scale[r] * dot[r]);
         }
     }
     #[inline(always)]
