@@ -415,8 +415,8 @@ unsafe fn code_and_prefetch<S: Simd, Q: SuperQuant>(p: *const u8, k: usize, g: u
 }
 
 /// Adds `scale * code . x` over half `half` of tile `k` to `sum`, for one row of activations. Products come between the
-/// loads of codes, not behind those of a whole tile: two cores of a Sapphire Rapids read Q6_K at 86 to 94 % of what they
-/// can so, at 81 to 86 % by tiles.
+/// loads of codes, not behind those of a whole tile: two cores of a Sapphire Rapids read Q6_K at 86 to 94 % of what
+/// they can so, at 81 to 86 % by tiles.
 #[inline(always)]
 unsafe fn dot_half<S: Simd, Q: SuperQuant>(
     p: *const u8,
