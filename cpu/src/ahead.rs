@@ -4,8 +4,9 @@
 use crate::Matrix;
 use std::ops::Range;
 
-/// What one worker reads ahead at most: less than a second-level cache of any current processor holds.
-pub const MAX_BYTES: usize = 256 << 10;
+/// What one worker reads ahead at most: less than the second-level cache of common processors holds. Nothing where
+/// there is no instruction for it.
+pub const MAX_BYTES: usize = if cfg!(target_arch = "x86_64") { 192 << 10 } else { 0 };
 /// Bytes between two looks at whether the wait is over.
 const STRIDE: usize = 4096;
 
@@ -23,8 +24,7 @@ impl<'a> Ahead<'a> {
 
     /// Asks for `rows` (whole panels, the last one maybe cut) of `matrix`; `false`: it is time to stop.
     pub fn rows(&mut self, matrix: &Matrix, rows: Range<usize>) -> bool {
-        let panel_rows = matrix.panel_rows();
-        for part in matrix.panel_bytes(rows.start / panel_rows..rows.end.div_ceil(panel_rows)).chunks(STRIDE) {
+        for part in matrix.row_bytes(rows).chunks(STRIDE) {
             if self.left < part.len() || (self.is_over)() {
                 return false;
             }
@@ -35,11 +35,9 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// Asks for the first `n_bytes` of `rows` (from a whole panel on) of `matrix`, which will be read soon: memory is slow
-/// to begin.
-pub(crate) fn begin(matrix: &Matrix, rows: Range<usize>, n_bytes: usize) {
-    let panel_rows = matrix.panel_rows();
-    let bytes = matrix.panel_bytes(rows.start / panel_rows..rows.end.div_ceil(panel_rows));
+/// Asks for the first `n_bytes` of `rows` of `matrix`, which will be read soon: memory is slow to begin.
+pub(crate) fn ask_for_first(matrix: &Matrix, rows: Range<usize>, n_bytes: usize) {
+    let bytes = matrix.row_bytes(rows);
     bytes[..bytes.len().min(n_bytes)].iter().step_by(64).for_each(|line| fetch(line));
 }
 

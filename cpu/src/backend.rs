@@ -20,13 +20,14 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
 /// Rows of an embedding that one thread writes while the workers wake up.
 const EMBED_ALONE: usize = 8;
 
-/// How often workers look for a guess of the experts that they will be asked for: some 20 microseconds.
-const GUESS_LOOKS: u32 = 500;
+/// How long workers look for a guess of the experts that they will be asked for: it may come a little later than they.
+const GUESS_TIME: Duration = Duration::from_micros(20);
 
 /// What can fail.
 #[derive(Debug, thiserror::Error)]
@@ -387,7 +388,7 @@ impl Backend {
             }
             for (number, task) in tasks.iter().enumerate().skip(n_done) {
                 if let Some(handoff) = handoff {
-                    if task.is_share {
+                    if task.is_share && n_tokens == 1 {
                         read_ahead(w, here(task.blocks.start), handoff, number);
                     }
                     if w.index == 0 && !handoff.wait(number) {
@@ -422,18 +423,24 @@ impl Backend {
 /// Reads ahead what this worker will multiply first in task `number`, a share of `block`, until its input is there.
 fn read_ahead(w: &Worker, block: &CpuBlock, handoff: &dyn Handoff, number: usize) {
     let is_over = || handoff.is_ready(number);
-    let mut ahead = Ahead::until(&is_over);
+    let begin = || {
+        if w.index == 0 {
+            handoff.reads_ahead(number);
+        }
+        Ahead::until(&is_over)
+    };
     match block {
-        CpuBlock::Ffn(b) => b.read_ahead(w, &mut ahead),
+        CpuBlock::Ffn(b) => b.read_ahead(w, &mut begin()),
         CpuBlock::Moe(b) => {
-            // The guess may come a little later than the workers are here.
-            let mut looks = 0;
-            while handoff.foreseen(number, 0).is_none() && !is_over() && looks < GUESS_LOOKS {
-                looks += 1;
+            let start = Instant::now();
+            while handoff.foreseen(number, 0).is_none() {
+                if is_over() || start.elapsed() > GUESS_TIME {
+                    return;
+                }
                 std::hint::spin_loop();
             }
             let ids = (0..).map_while(|i| handoff.foreseen(number, i));
-            b.read_ahead(w, ids.filter(|id| id & ELSEWHERE == 0).map(|id| id as usize), &mut ahead);
+            b.read_ahead(w, ids.filter(|id| id & ELSEWHERE == 0).map(|id| id as usize), &mut begin());
         }
         _ => {}
     }

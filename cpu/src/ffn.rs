@@ -4,7 +4,7 @@
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Projection, piece_rows, vector};
+use crate::projection::{Projection, piece_rows, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -74,13 +74,12 @@ impl FfnBlock {
 
     /// Reads ahead what this worker will multiply first.
     pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        let (gate, up, down) = (&self.ffn_gate.matrix, &self.ffn_up.matrix, &self.ffn_down.matrix);
-        let pieces = |n: usize| {
-            let size = piece_rows(n, w.n_workers());
-            w.share(n.div_ceil(size)).map(move |piece| piece * size..((piece + 1) * size).min(n))
-        };
-        let _ = pieces(self.shape.n_ff).all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
-            && pieces(self.shape.n_embd).all(|rows| ahead.rows(down, rows));
+        let hidden = share_rows(w, self.shape.n_ff);
+        let size = piece_rows(self.shape.n_ff, w.n_workers());
+        let mut pieces = hidden.clone().step_by(size).map(|first| first..hidden.end.min(first + size));
+        let [gate, up, down] = [&self.ffn_gate, &self.ffn_up, &self.ffn_down].map(|p| &p.matrix);
+        let _ = pieces.all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
+            && ahead.rows(down, share_rows(w, self.shape.n_embd));
     }
 
     /// Adds the block to the residual stream.

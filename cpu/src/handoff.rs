@@ -53,6 +53,10 @@ pub unsafe trait Handoff: Sync {
         None
     }
 
+    /// Says that the workers begin to read ahead for task number `task`; [`Handoff::wait`] ends that. Called by one
+    /// worker.
+    fn reads_ahead(&self, _task: usize) {}
+
     /// Waits until the input of task number `task` is complete; `false`: it will not be. Called by one worker.
     fn wait(&self, task: usize) -> bool;
 

@@ -113,8 +113,13 @@ impl Matrix {
         self.n_rows.div_ceil(self.panel_rows())
     }
 
+    /// The bytes of `rows`, in whole panels.
+    pub(crate) fn row_bytes(&self, rows: Range<usize>) -> &[u8] {
+        self.panel_bytes(rows.start / self.panel_rows()..rows.end.div_ceil(self.panel_rows()))
+    }
+
     /// The bytes of `panels`.
-    pub(crate) fn panel_bytes(&self, panels: Range<usize>) -> &[u8] {
+    fn panel_bytes(&self, panels: Range<usize>) -> &[u8] {
         let geometry = self.ty.row();
         let panel_bytes = self.panel_rows() * self.n_cols / geometry.block_len * geometry.block_bytes;
         &self.data[panels.start * panel_bytes..panels.end * panel_bytes]

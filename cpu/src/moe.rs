@@ -2,12 +2,12 @@
 //! that each expert multiplies its tokens together and the rows of all chosen experts are one space; down projections
 //! of a piece of rows go through all experts and are summed by one worker.
 
-use crate::ahead::{Ahead, begin};
+use crate::ahead::{Ahead, ask_for_first};
 use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece, piece_rows, vector};
+use crate::projection::{Projection, for_each_piece, piece_rows, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -82,7 +82,7 @@ impl Routing {
             let sum: f32 = best.iter().map(|c| c.weight).sum();
             best.iter_mut().for_each(|c| c.weight /= sum);
         }
-        self.sort(n_experts);
+        self.sort(n_tokens, n_experts);
     }
 
     /// Takes over what the block's home has chosen, as far as the experts are `held` here; they are counted from the
@@ -97,17 +97,18 @@ impl Routing {
                 }
             }
         }
-        self.sort(held.len());
+        self.sort(n_tokens, held.len());
     }
 
-    /// Groups the choices by expert.
-    fn sort(&mut self, n_experts: usize) {
+    /// Groups the choices by expert, each of which a token has once.
+    fn sort(&mut self, n_tokens: usize, n_experts: usize) {
         self.ends.clear();
         self.ends.resize(n_experts, 0);
         self.chosen.iter().for_each(|c| self.ends[c.expert as usize] += 1);
         self.active.clear();
         let mut start = 0;
         for (expert, end) in self.ends.iter_mut().enumerate() {
+            assert!(*end as usize <= n_tokens, "expert {expert} was chosen {end} times for {n_tokens} tokens");
             if *end > 0 {
                 self.active.push((expert as u32, start));
             }
@@ -131,12 +132,13 @@ pub(crate) fn shared_start(shape: &MoeShape, n_tokens: usize) -> usize {
 
 /// Of one token's experts, bytes that are asked for before the rows of another expert are multiplied, and before a
 /// barrier.
-const BEGIN_BYTES: usize = 3072;
+const FIRST_BYTES: usize = 3072;
 const BARRIER_BYTES: usize = 16384;
 
-/// Of `n` rows of an expert, those that worker `w` multiplies for one token unless another helps it.
-fn worker_rows(w: &Worker, n: usize) -> Range<usize> {
-    let parts = w.share(n.div_ceil(32));
+/// Of `n` hidden rows of an expert, those that worker number `worker` multiplies for one token unless another helps it:
+/// the same of every expert, whichever are chosen.
+fn hidden_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
+    let parts = w.share_of(worker, n.div_ceil(32));
     n.min(parts.start * 32)..n.min(parts.end * 32)
 }
 
@@ -204,10 +206,9 @@ impl MoeBlock {
         [&self.gate, &self.up, &self.down].into_iter().flatten()
     }
 
-    /// Reads ahead what this worker will multiply first if `experts` are chosen, the likeliest first: of one token a
-    /// worker has the same rows of whatever experts.
+    /// Reads ahead what this worker will multiply if `experts` are chosen, the likeliest first.
     pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
-        let (hidden, out) = (worker_rows(w, self.shape.n_ff), worker_rows(w, self.shape.n_embd));
+        let (hidden, out) = (hidden_rows(w, w.index, self.shape.n_ff), share_rows(w, self.shape.n_embd));
         for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
             let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
             if !parts.into_iter().all(|(p, rows)| ahead.rows(&p.matrix, rows.clone())) {
@@ -285,31 +286,42 @@ impl MoeBlock {
             false => step.buffers.sorted.view(range.start * n_embd, range.len(), n_embd, expert_forms),
         };
         let shared_start = shared_start(&self.shape, n_tokens);
-        let n_units = routing.active.len() + usize::from(self.shared.is_some());
-        let size = piece_rows(routing.active.len() * n_ff + n_ff_shared, w.n_workers());
-        let n_blocks = n_ff.max(n_ff_shared).div_ceil(size);
+        let n_active = routing.active.len();
+        let n_ff_shared = self.shared.as_ref().map_or(0, |_| n_ff_shared);
+        let n_units = n_active + usize::from(self.shared.is_some());
+        let size = piece_rows(n_active * n_ff + n_ff_shared, w.n_workers());
+        let longest = n_ff.max(n_ff_shared);
         // One token: a worker has the same rows of whatever experts are chosen. Many: an expert's rows of activations
         // stay in a cache while its weights pass.
-        let run = if alone { n_blocks.div_ceil(w.n_workers()) } else { n_blocks };
+        let n_owners = if alone { w.n_workers() } else { 1 };
+        let n_blocks = (longest.div_ceil(32).div_ceil(n_owners) * 32).div_ceil(size);
+        let rows_of = |piece: usize| {
+            let (owner, unit) =
+                if alone { (piece / (n_blocks * n_units), piece / n_blocks % n_units) } else { (0, piece / n_blocks) };
+            let n = if unit < n_active { n_ff } else { n_ff_shared };
+            let all = if alone { hidden_rows(w, owner, n) } else { 0..n };
+            let first = all.start + piece % n_blocks * size;
+            (unit, first..all.end.min(first + size))
+        };
         let tile = step.tile(w);
-        for piece in w.pieces(n_blocks.div_ceil(run) * n_units * run) {
-            let (unit, block) = (piece / run % n_units, piece / (run * n_units) * run + piece % run);
-            let first = block * size;
-            if unit < routing.active.len() && first < n_ff {
+        for piece in w.pieces(n_owners * n_units * n_blocks) {
+            let (unit, rows) = rows_of(piece);
+            if rows.is_empty() {
+                continue;
+            }
+            if unit < n_active {
                 let (expert, range) = choices(unit);
-                let rows = first..(first + size).min(n_ff);
                 let at = |choice: usize, col: usize| choice * n_ff + col;
                 let out = step.memory.ptr(step.hidden(at(range.start, rows.start)..at(range.end - 1, rows.end)));
                 let (gate, up) = (&self.gate[expert], &self.up[expert]);
                 if alone {
                     let next = routing.active.get(unit + 1).map(|(e, _)| &self.gate[*e as usize]);
-                    [Some(up), next].into_iter().flatten().for_each(|p| begin(&p.matrix, rows.clone(), BEGIN_BYTES));
+                    let soon = [Some(up), next.filter(|_| piece % n_blocks + 1 == n_blocks)];
+                    soon.into_iter().flatten().for_each(|p| ask_for_first(&p.matrix, rows.clone(), FIRST_BYTES));
                 }
                 // SAFETY: these hidden columns of the expert are this worker's piece.
                 unsafe { gate_up(isa, gate, up, rows, &inputs(&range), (out, n_ff), tile) };
-            } else if let Some(s) = self.shared.as_ref().filter(|_| unit == routing.active.len() && first < n_ff_shared)
-            {
-                let rows = first..(first + size).min(n_ff_shared);
+            } else if let Some(s) = &self.shared {
                 let at = |token: usize, col: usize| shared_start + token * n_ff_shared + col;
                 let out = step.memory.ptr(step.hidden(at(0, rows.start)..at(n_tokens - 1, rows.end)));
                 // SAFETY: as above.
@@ -318,7 +330,7 @@ impl MoeBlock {
         }
         // The first of what follows comes from memory while workers wait for each other.
         if let Some((expert, _)) = routing.active.first().filter(|_| alone) {
-            begin(&self.down[*expert as usize].matrix, worker_rows(w, n_embd), BARRIER_BYTES);
+            ask_for_first(&self.down[*expert as usize].matrix, share_rows(w, n_embd), BARRIER_BYTES);
         }
         w.barrier();
 
@@ -353,7 +365,7 @@ impl MoeBlock {
             for i in 0..routing.active.len() {
                 let (expert, range) = choices(i);
                 if let Some((next, _)) = routing.active.get(i + 1).filter(|_| alone) {
-                    begin(&self.down[*next as usize].matrix, rows.clone(), BEGIN_BYTES);
+                    ask_for_first(&self.down[*next as usize].matrix, rows.clone(), FIRST_BYTES);
                 }
                 // SAFETY: the tile is this worker's own.
                 unsafe { self.down[expert].apply(isa, rows.clone(), &hidden(&range), tile.as_mut_ptr(), n) };

@@ -158,7 +158,8 @@ impl Worker<'_> {
         self.share_of(self.index, n)
     }
 
-    fn share_of(&self, worker: usize, n: usize) -> Range<usize> {
+    /// [`Worker::share`] of worker number `worker`.
+    pub fn share_of(&self, worker: usize, n: usize) -> Range<usize> {
         n * worker / self.n_workers()..n * (worker + 1) / self.n_workers()
     }
 }

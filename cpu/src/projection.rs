@@ -131,6 +131,13 @@ pub(crate) fn piece_rows(total: usize, n_workers: usize) -> usize {
     (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS)
 }
 
+/// Rows that [`for_each_piece`] gives worker `w` of a projection of `n` rows, unless another helps it.
+pub(crate) fn share_rows(w: &Worker, n: usize) -> Range<usize> {
+    let size = piece_rows(n, w.n_workers());
+    let pieces = w.share(n.div_ceil(size));
+    n.min(pieces.start * size)..n.min(pieces.end * size)
+}
+
 /// Largest result of [`piece_rows`].
 pub(crate) const MAX_PIECE_ROWS: usize = 128;
 

@@ -231,12 +231,18 @@ fn wrong_requests_are_errors() {
     assert_eq!(loaded.is_ok(), Isa::Avx512.is_available());
 }
 
-/// The other side of a step, with everything ready; it gives up at task `gives_up_at`.
+/// The other side of a step, ready when it was asked `LOOKS` times whether it is; it gives up at task `gives_up_at`.
 struct Desk {
     memory: Memory,
     posted: AtomicUsize,
+    looks: AtomicUsize,
     gives_up_at: usize,
 }
+
+/// So that workers read ahead for a while, and are interrupted.
+const LOOKS: usize = 60;
+/// What it foresees, right or wrong: experts that are there, that are not for the CPU, and that no model has.
+const FORESEEN: [u32; 6] = [2, 1 | ELSEWHERE, 1000, 1, 3, ELSEWHERE - 1];
 
 // SAFETY: the workers use the memory by turns, as they do in a step.
 unsafe impl Sync for Desk {}
@@ -245,6 +251,14 @@ unsafe impl Sync for Desk {}
 unsafe impl Handoff for Desk {
     fn memory(&self) -> Memory {
         self.memory
+    }
+
+    fn is_ready(&self, _: usize) -> bool {
+        self.looks.fetch_add(1, Ordering::Relaxed) >= LOOKS
+    }
+
+    fn foreseen(&self, _: usize, i: usize) -> Option<u32> {
+        FORESEEN.get(i).copied()
     }
 
     fn wait(&self, task: usize) -> bool {
@@ -258,7 +272,7 @@ unsafe impl Handoff for Desk {
 }
 
 /// A share of a feed-forward block leaves the residual stream alone and gives what its rows or experts add; of the
-/// chosen experts it takes those that are neither elsewhere nor marked so.
+/// chosen experts it takes those that are neither elsewhere nor marked so. What its workers read ahead changes nothing.
 #[test]
 fn shares_give_their_part_of_the_sum() {
     let mut n_checked = 0;
@@ -302,8 +316,8 @@ fn shares_give_their_part_of_the_sum() {
                 _ => unreachable!("feed-forward blocks"),
             }
             want.iter_mut().zip(&x).for_each(|(w, x)| *w -= f64::from(*x));
-            for isa in isas() {
-                let backend = load(&model, &source, isa, 2);
+            for (isa, n_workers) in isas().into_iter().flat_map(|isa| [(isa, 2), (isa, 7)]) {
+                let backend = load(&model, &source, isa, n_workers);
                 let mut state = backend.state(size(&case)).expect("memory");
                 let (mut stream, mut sum) = (x.clone(), Poisoned::new(x.len()));
                 let memory = Memory {
@@ -314,13 +328,20 @@ fn shares_give_their_part_of_the_sum() {
                     weights: weights.as_ptr(),
                     n_choices: ids.len(),
                 };
-                let desk = Desk { memory, posted: AtomicUsize::new(0), gives_up_at: 1 };
+                let (posted, looks) = (AtomicUsize::new(0), AtomicUsize::new(0));
+                let desk = Desk { memory, posted, looks, gives_up_at: 1 };
                 let tasks = [Task { blocks: 0..1, is_share: true }, Task { blocks: 0..1, is_share: true }];
                 assert!(backend.serve(&tasks[..1], &batch, &mut state, &desk, &mut []).unwrap());
                 let error = relative_rms_of_rows(sum.checked(), &want, n_embd);
                 assert!(error <= bound(&case), "{} on {}: {error:e}", case.name, isa.name());
+                assert!(
+                    n_tokens > 1 || desk.looks.load(Ordering::Relaxed) > 0,
+                    "{}: nothing was read ahead",
+                    case.name
+                );
                 assert_eq!(stream, x, "{}: the residual stream is not the share's", case.name);
                 desk.posted.store(0, Ordering::Relaxed);
+                desk.looks.store(0, Ordering::Relaxed);
                 assert!(!backend.serve(&tasks, &batch, &mut state, &desk, &mut []).unwrap(), "it gave up");
                 n_checked += 1;
             }

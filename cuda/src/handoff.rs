@@ -207,11 +207,13 @@ pub struct Mailbox {
     counters: Ptr,
     /// Hand-overs answered before the step at hand.
     base: AtomicU32,
-    /// Nanoseconds, by hand-over: when the workers had nothing left to do but to wait for their input, when they saw
+    /// Nanoseconds, by hand-over: when the workers began to read ahead, when they waited for their input, when they saw
     /// it, and when they had answered.
-    times: Box<[[AtomicU64; 3]]>,
+    times: Box<[[AtomicU64; 4]]>,
     /// No more hand-overs will come in this step.
     is_abandoned: AtomicBool,
+    /// When the workers began to read ahead for the next hand-over, as the times; 0: they have not.
+    ahead_since: AtomicU64,
     epoch: Instant,
 }
 
@@ -255,6 +257,7 @@ impl Mailbox {
             base: AtomicU32::new(0),
             times,
             is_abandoned: AtomicBool::new(false),
+            ahead_since: AtomicU64::new(0),
             epoch: Instant::now(),
         })
     }
@@ -322,7 +325,9 @@ impl Mailbox {
     /// come: `is_alive` says now and then whether the GPU still works.
     pub fn wait(&self, base: u32, i: usize, n_tokens: usize, is_alive: &dyn Fn() -> bool) -> bool {
         let wanted = base.wrapping_add(i as u32 + 1);
-        self.stamp(wanted, 0);
+        let (ahead, asked) = (self.ahead_since.swap(0, Ordering::Relaxed), self.now());
+        self.stamp(wanted, 0, if ahead > 0 { ahead } else { asked });
+        self.stamp(wanted, 1, asked);
         let (start, mut spins) = (Instant::now(), 0u32);
         while !self.is_ready(base, i) {
             std::hint::spin_loop();
@@ -338,7 +343,7 @@ impl Mailbox {
                 std::thread::yield_now();
             }
         }
-        self.stamp(wanted, 1);
+        self.stamp(wanted, 2, self.now());
         true
     }
 
@@ -358,6 +363,11 @@ impl Mailbox {
         line.get(1 + nth).filter(|_| is_of_it).map(|id| id.load(Ordering::Relaxed))
     }
 
+    /// Says that the workers begin to read ahead for the next hand-over.
+    pub fn reads_ahead(&self) {
+        self.ahead_since.store(self.now(), Ordering::Relaxed);
+    }
+
     /// Where the GPU says what it foresees.
     pub(crate) fn foreseen_ptr(&self) -> Ptr {
         self.flag(Flag::Foreseen)
@@ -371,12 +381,16 @@ impl Mailbox {
     /// Says that hand-over `i` of the step that began at `base` is answered.
     pub fn post(&self, base: u32, i: usize) {
         let number = base.wrapping_add(i as u32 + 1);
-        self.stamp(number, 2);
+        self.stamp(number, 3, self.now());
         self.atomic(Flag::Done).store(number, Ordering::Release);
     }
 
-    fn stamp(&self, number: u32, what: usize) {
-        self.times[number as usize % N_STAMPS][what].store(self.epoch.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    fn stamp(&self, number: u32, what: usize, time: u64) {
+        self.times[number as usize % N_STAMPS][what].store(time, Ordering::Relaxed);
+    }
+
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
     }
 
     /// Ends the step at hand: neither side waits any longer.
@@ -419,9 +433,10 @@ impl Mailbox {
                     waits: gpu(2),
                     goes_on: gpu(3),
                     taken: gpu(4),
-                    asked: cpu(0),
-                    seen: cpu(1),
-                    answered: cpu(2),
+                    ahead: cpu(0),
+                    asked: cpu(1),
+                    seen: cpu(2),
+                    answered: cpu(3),
                 }
             })
             .collect()
@@ -441,7 +456,9 @@ pub struct Times {
     pub goes_on: u64,
     /// GPU: it is in the residual stream.
     pub taken: u64,
-    /// CPU: the workers wait for the input; before, they have read ahead.
+    /// CPU: the workers begin to read ahead; as `asked` where they did not.
+    pub ahead: u64,
+    /// CPU: they wait for the input.
     pub asked: u64,
     /// CPU: the workers have the input.
     pub seen: u64,

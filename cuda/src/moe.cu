@@ -1,6 +1,7 @@
 // Mixture of experts for single tokens. moe_route: norm, router, softmax, the n_used largest and their weights, the
 // shared expert's gate; moe_gate_up: silu(gate) * up of all chosen experts and the shared one in one grid; moe_down:
-// their weighted sum onto the residual stream. Reads the chosen experts' weights once.
+// their weighted sum onto the residual stream. Reads the chosen experts' weights once. moe_foresee: what the router
+// would choose now.
 // Set by the compiler: N (width), N_EXPERTS, N_USED, N_FF, N_FF_SHARED (0: none), TYPE_GATE, TYPE_UP, TYPE_DOWN and the
 // same of the shared expert (TYPE_GATE_S ...).
 #include "rows.cuh"
@@ -65,10 +66,10 @@ DEVICE void norm_row(const MoeArgs& a, u64 t) {
 #endif
 }
 
-// A float as a number that orders as it does, NaN before all others.
+// A float as a number that orders as it does, NaN before all others; none is 0.
 DEVICE u32 ordered(float f) {
     const u32 u = __float_as_uint(f);
-    return f != f ? 0 : u & 0x80000000u ? ~u : u | 0x80000000u;
+    return f != f ? 1 : u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
 DEVICE u32 warp_max(u32 v) {
@@ -93,7 +94,7 @@ struct Choice {
 // for token `t`. The norm is inside: logit = scale * sum of router * norm * x.
 DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
     __shared__ bool last;
-    __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS][2], squares[ROUTE_ROWS][2];
+    __shared__ float p[N_EXPERTS], halves[ROUTE_ROWS][2], squares[2];
     __shared__ u64 table[N_EXPERTS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, half = warp % 2, e = blockIdx.x * ROUTE_ROWS + warp / 2;
     // The table is no input of the step, and would have to come from memory when the experts are chosen.
@@ -103,7 +104,7 @@ DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
     const float* w = e < N_EXPERTS ? a.router + (u64)e * N : e == N_EXPERTS ? a.gate_shared : nullptr;
     const float* x = a.x + t * N;
     float sum = 0.0f, square = 0.0f;
-#if N % 4 == 0
+#if N % 4 == 0 && N <= 8192
     // Weights are there before the inputs are.
     constexpr int LOADS = (N / 4 + 2 * WARP - 1) / (2 * WARP);
     float4 weights[LOADS];
@@ -112,7 +113,7 @@ DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
         const int i = (2 * j + half) * WARP + lane;
         const bool here = w && i < N / 4;
         const float4 of_w = here ? reinterpret_cast<const float4*>(w)[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        const float4 of_norm = here ? reinterpret_cast<const float4*>(a.norm)[i] : of_w;
+        const float4 of_norm = here ? reinterpret_cast<const float4*>(a.norm)[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         weights[j] = make_float4(of_w.x * of_norm.x, of_w.y * of_norm.y, of_w.z * of_norm.z, of_w.w * of_norm.w);
     }
     wait_for_inputs();
@@ -134,11 +135,11 @@ DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
     square = warp_sum(square);
     if (lane == 0) {
         halves[warp / 2][half] = sum;
-        squares[warp / 2][half] = square;
+        if (warp < 2) squares[half] = square;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        const float scale = rsqrtf((squares[0][0] + squares[0][1]) / (float)N + a.eps);
+        const float scale = rsqrtf((squares[0] + squares[1]) / (float)N + a.eps);
 #pragma unroll
         for (int i = 0; i < ROUTE_ROWS; i++)
             if (e + i <= N_EXPERTS) __stcg(logits + e + i, scale * (halves[i][0] + halves[i][1]));
@@ -180,7 +181,7 @@ DEVICE bool route(const MoeArgs& a, u64 t, Choice& choice) {
     int id = 0;
 #pragma unroll 1
     for (int k = 0; k < N_USED; k++) {
-        // Largest logit, ties to the lower index; NaN is never chosen while anything else is left.
+        // Largest logit, ties to the lower index, NaN last; what was chosen is 0, so that no expert is chosen twice.
         u32 top = 0;
         int at = 0;
 #pragma unroll

@@ -72,6 +72,10 @@ struct MoeArgs {
 // SAFETY: mirrors MoeArgs in moe.cu, which compares sizes.
 unsafe impl Args for MoeArgs {}
 
+/// Experts of a token: one for each lane of a warp but the shared expert's.
+const MAX_USED: usize = 31;
+const _: () = assert!(MAX_USED <= FORESEEN);
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ForeseeArgs {
@@ -109,8 +113,8 @@ impl MoeOp {
     /// `table` `[n_experts]` u64: where the slots of the routed experts are, 0: not here.
     pub fn new(linker: &mut Linker, block: Moe<DeviceWeight>, table: Ptr) -> Result<Self, Error> {
         let s = &block.shape;
-        if s.n_used > FORESEEN {
-            let reason = format!("{} experts per token: the GPU kernels take at most {FORESEEN}", s.n_used);
+        if s.n_used > MAX_USED {
+            let reason = format!("{} experts per token: the GPU kernels take at most {MAX_USED}", s.n_used);
             return Err(Error::Unsupported(reason));
         }
         let routed = block.stacks();
@@ -155,12 +159,11 @@ impl MoeOp {
     pub fn foresee(&self, step: &Step, mailbox: &Mailbox) -> Result<(), Error> {
         let (foreseen, count) = (mailbox.foreseen_ptr(), mailbox.count_ptr());
         let args = ForeseeArgs { moe: self.args(step), foreseen, count };
-        // SAFETY: as in `choose`, whose logits and counters are free; a mailbox has room for 31 experts, and `new`
-        // refuses more.
+        // SAFETY: as in `choose`, whose logits and counters are free; a mailbox has room for the experts.
         unsafe { self.foresee.launch_early(step.device, Launch::new(self.route_blocks(), 128), &args) }
     }
 
-    /// Blocks of `moe_route` that have a part in the choice of a token.
+    /// Blocks that have a part in the choice of a token: ROUTE_BLOCKS in moe.cu.
     fn route_blocks(&self) -> usize {
         (self.block.shape.n_experts + 1).div_ceil(2)
     }

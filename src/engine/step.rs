@@ -102,6 +102,10 @@ unsafe impl Handoff for Meeting<'_> {
         self.mailbox.foreseen(self.base, task, i).filter(|_| i < b.shape.n_used)
     }
 
+    fn reads_ahead(&self, _: usize) {
+        self.mailbox.reads_ahead();
+    }
+
     fn wait(&self, task: usize) -> bool {
         let is_there = self.mailbox.wait(self.base, task, self.batch.tokens.len(), &|| self.gpu.is_alive());
         if is_there {

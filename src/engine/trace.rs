@@ -52,9 +52,6 @@ pub struct StepTrace {
     pub clock_error: f64,
 }
 
-/// Microseconds below which nothing was read ahead: what lies between an answer and the next wait anyway.
-const SHORTEST_AHEAD: f64 = 1.0;
-
 /// Microseconds that a hand-over took beyond the longer of what the two sides did meanwhile: copies, flags and the way
 /// from the flag to the workers. No clock is compared with the other.
 pub fn handoff_cost(t: &Times) -> f64 {
@@ -99,11 +96,9 @@ impl StepTrace {
                 push(&mut gpu, &shared[i], Activity::Share, gpu_us(t.waits));
             }
             let (start, end) = (cpu_us(t.seen), cpu_us(t.answered));
-            if let Some(last) = i.checked_sub(1).map(|i| cpu_us(times[i].answered))
-                && cpu_us(t.asked) > last + SHORTEST_AHEAD
-            {
-                let name = format!("{}, reading ahead", served[i]);
-                cpu.push(Span { name, what: Activity::Ahead, start: last, end: cpu_us(t.asked) });
+            if t.asked > t.ahead {
+                let (name, end) = (format!("{}, reading ahead", served[i]), cpu_us(t.asked));
+                cpu.push(Span { name, what: Activity::Ahead, start: cpu_us(t.ahead), end });
             }
             if i < taken.len() {
                 push(&mut gpu, "waits for the CPU", Activity::Wait, gpu_us(t.goes_on));
@@ -125,7 +120,8 @@ impl StepTrace {
         self.gpu.iter().filter(computes).map(Span::micros).sum()
     }
 
-    /// Microseconds that the CPU workers computed, or read ahead what they then did not have to wait for.
+    /// Microseconds that the CPU workers were at work: computing, or reading ahead (of which a part was for experts
+    /// that were not chosen).
     pub fn cpu_busy(&self) -> f64 {
         self.cpu.iter().map(Span::micros).sum()
     }
@@ -174,6 +170,7 @@ mod tests {
             waits: gpu + at + 10_000,
             goes_on: gpu + at + 56_000,
             taken: gpu + at + 58_000,
+            ahead: cpu + at - 10_000,
             asked: cpu + at,
             seen: cpu + at + 4_000,
             answered: cpu + at + 54_000,
@@ -192,10 +189,11 @@ mod tests {
         assert_eq!((trace.gpu[0].start, trace.gpu.last().unwrap().end), (0.0, 170.0));
         let cpu: Vec<_> = trace.cpu.iter().map(|s| (s.what, s.start, s.end)).collect();
         let share = |start, end| (Activity::Share, start, end);
-        assert_eq!(cpu, [share(24.0, 74.0), (Activity::Ahead, 74.0, 100.0), share(104.0, 154.0)]);
+        let ahead = |start, end| (Activity::Ahead, start, end);
+        assert_eq!(cpu, [ahead(10.0, 20.0), share(24.0, 74.0), ahead(90.0, 100.0), share(104.0, 154.0)]);
         assert_eq!(trace.handoffs, [8.0, 8.0]);
-        assert_eq!((trace.gpu_busy(), trace.cpu_busy()), (20.0 + 22.0 + 12.0 + 16.0, 126.0));
-        assert_eq!((trace.ahead(), trace.longer_part()), (26.0, 142.0));
+        assert_eq!((trace.gpu_busy(), trace.cpu_busy()), (20.0 + 22.0 + 12.0 + 16.0, 120.0));
+        assert_eq!((trace.ahead(), trace.longer_part()), (20.0, 136.0));
         assert_eq!(trace.longest_path(8.0), 170.0);
     }
 
@@ -208,11 +206,13 @@ mod tests {
             waits: 1_010,
             goes_on: 9_010,
             taken: 10_010,
+            ahead: 10,
             asked: 10,
             seen: 2_010,
             answered: 8_010,
         };
-        let last = Times { begun: 20_010, given: 21_010, asked: 8_510, seen: 22_010, answered: 52_010, ..first };
+        let last =
+            Times { begun: 20_010, given: 21_010, ahead: 8_510, asked: 8_510, seen: 22_010, answered: 52_010, ..first };
         let names = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
         let (alone, served) = (names(&["blk.0.attn", "blk.1.attn", ""]), names(&["blk.0.ffn", "blk.1.ffn, head"]));
         let trace = StepTrace::new(&[first, last], 10, None, &alone, &names(&["", ""]), &served);

@@ -2,7 +2,7 @@
 //! than the caches of any processor, run on one token, and one of them on a batch; and mixtures of experts, as shares
 //! of a step whose other side answers at once.
 
-use super::{EXPERT_TOKENS, KernelRate};
+use super::{CPU_STAGE_US, EXPERT_TOKENS, KernelRate};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
@@ -22,8 +22,8 @@ const N_USED: usize = 8;
 /// Tokens that share no expert with each other, and tokens of their prompt.
 const KINDS: usize = 8;
 const MOST: usize = KINDS * EXPERT_TOKENS;
-/// How long each rate is measured. The mean of all steps counts, as it does for a text: others on a shared machine come
-/// and go within milliseconds.
+/// How long a rate of all types is measured. The mean of all steps counts, as it does for a text: others on a shared
+/// machine come and go within milliseconds.
 const SECONDS: f64 = 0.5;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
 const PROMPT_TOKENS: usize = 256;
@@ -75,11 +75,11 @@ pub(super) fn dense(types: &[TensorType], threads: usize, isa: Isa, bytes: usize
 pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
     let matrix = |ty: TensorType| weight(ty, EXPERT_FF, EXPERT_EMBD).n_bytes();
     let of_all: usize = types.iter().map(|ty| 3 * N_USED * matrix(*ty)).sum();
-    if KINDS * of_all > 4 * bytes {
-        return Err(Error::WeightMemory { bytes: KINDS * of_all });
+    if 2 * of_all > 4 * bytes {
+        return Err(Error::WeightMemory { bytes: 2 * of_all });
     }
-    let n_tasks = (bytes / of_all.max(1)).max(KINDS);
-    let n_experts = n_tasks * N_USED;
+    let n_kinds = (bytes / of_all.max(1)).max(2);
+    let n_experts = n_kinds * N_USED;
     let (n_ff, n_embd) = (n_experts * EXPERT_FF, n_experts * EXPERT_EMBD);
     let block = |&ty: &TensorType| Moe {
         layer: 0,
@@ -113,21 +113,21 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
         weights: weights.as_ptr(),
         n_choices: ids.len(),
     };
-    let desk = Desk { memory, ids: &ids, n_tasks };
     let mut seconds = |n_tasks: usize, n_tokens: usize| {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
+        let desk = Desk { memory, ids: &ids[..n_tokens * N_USED], n_kinds };
         mean_seconds(types.len(), &mut |i| {
             let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
             backend.serve(&tasks, &batch, &mut state, &desk, &mut []).map(|_| ())
         })
     };
-    let (decode, prompt) = (seconds(n_tasks, 1)?, seconds(1, MOST)?);
+    let (decode, prompt) = (seconds(n_kinds, 1)?, seconds(1, MOST)?);
     let ops = 2.0 * (3 * EXPERT_EMBD * EXPERT_FF * N_USED * MOST) as f64;
-    let rates = types
-        .iter()
-        .zip(decode)
-        .zip(prompt)
-        .map(|((&ty, decode), prompt)| ((3 * n_experts * matrix(ty)) as f64 / decode / 1e9, ops / prompt / 1e9));
+    let stages = 3.0 * CPU_STAGE_US * 1e-6 * n_kinds as f64;
+    let rates = types.iter().zip(decode).zip(prompt).map(|((&ty, decode), prompt)| {
+        let reading = (decode - stages).max(decode / 2.0);
+        ((3 * n_experts * matrix(ty)) as f64 / reading / 1e9, ops / prompt / 1e9)
+    });
     Ok(rates.collect())
 }
 
@@ -147,12 +147,12 @@ fn mean_seconds(n: usize, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Re
     Ok(sums.into_iter().map(|sum| sum / n_rounds).collect())
 }
 
-/// The other side of a step of mixtures, always ready: the first token of task `i` is about experts `i`, `i + n_tasks`
-/// and so on, and there are [`KINDS`] kinds of tokens.
+/// The other side of a step of mixtures, always ready. A token of kind `i` is about experts `i`, `i + n_kinds` and so
+/// on; the first token of task `i` is of kind `i`, those of a prompt are of [`KINDS`] kinds.
 struct Desk<'a> {
     memory: Memory,
     ids: &'a [AtomicU32],
-    n_tasks: usize,
+    n_kinds: usize,
 }
 
 // SAFETY: the workers use the memory by turns, as they do in a step.
@@ -167,7 +167,7 @@ unsafe impl Handoff for Desk<'_> {
     fn wait(&self, task: usize) -> bool {
         for (choice, id) in self.ids.iter().enumerate() {
             let (token, i) = (choice / N_USED, choice % N_USED);
-            id.store(((task + token % KINDS) % self.n_tasks + i * self.n_tasks) as u32, Ordering::Relaxed);
+            id.store(((task + token % KINDS) % self.n_kinds + i * self.n_kinds) as u32, Ordering::Relaxed);
         }
         true
     }

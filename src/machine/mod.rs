@@ -121,6 +121,9 @@ pub struct ReadRate {
     pub gb_per_s: f64,
 }
 
+/// One stage of a block on the CPU: barrier, and the serial pieces between (norm, quantisation), microseconds.
+pub(crate) const CPU_STAGE_US: f64 = 4.0;
+
 /// Tokens of an expert in the prompt that [`KernelRate::experts_prompt_gflops`] is measured with: 512 tokens of a
 /// 35B-A3B.
 pub const EXPERT_TOKENS: usize = 16;
@@ -133,8 +136,8 @@ pub struct KernelRate {
     pub ty: TensorType,
     /// One token: bytes of weights per second, GB/s.
     pub decode_gb_per_s: f64,
-    /// Routed experts of one token, a share of a mixture: bytes of their weights per second, with the barriers of the
-    /// block, GB/s. They lie here and there, and are too small to stream at the rate of large matrices.
+    /// Routed experts of one token, a share of a mixture: bytes of their weights per second beside what its stages cost
+    /// anyway, GB/s. They lie here and there, and are too small to stream at the rate of large matrices.
     pub experts_gb_per_s: f64,
     /// Many tokens: operations (two per weight and token) per second, 10^9/s.
     pub prompt_gflops: f64,

@@ -125,10 +125,13 @@ impl Host {
         let mut note = |w: &Weight| stand_for_types.extend(self.kernel(w.ty).map(|k| k.ty));
         model.blocks.iter().for_each(|block| block.for_each(&mut note));
         let has_experts = model.blocks.iter().any(|block| matches!(block, Block::Moe(_)));
-        self.kernels.iter_mut().for_each(|k| {
-            k.prompt_gflops *= threads as f64 / self.threads as f64;
-            k.experts_prompt_gflops *= threads as f64 / self.threads as f64;
-        });
+        let (more, faster) = (threads as f64 / self.threads as f64, gb_per_s / self.read_gb_per_s(self.threads));
+        for k in &mut self.kernels {
+            k.decode_gb_per_s *= faster;
+            k.experts_gb_per_s *= faster;
+            k.prompt_gflops *= more;
+            k.experts_prompt_gflops *= more;
+        }
         let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
         let types: Vec<TensorType> = measured.iter().map(|k| k.ty).collect();
         // Where there is too little memory to measure, what is remembered stays.

@@ -11,7 +11,7 @@
 //! that costs more than the rows it moves) is simply not taken.
 
 use super::bytes::{self, Sizes, StagingBytes};
-use super::time::{self, Ahead, Rates};
+use super::time::{self, Ahead, Rates, Waiting};
 use super::{Alternative, Device, Place, Plan, Refusal, Share, Wishes, Workload, n_parts, row_unit};
 use crate::machine::Machine;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
@@ -785,7 +785,7 @@ impl<'a> Tables<'a> {
         let free = self.free(levels);
         let mut at = None;
         let mut from = None;
-        let mut alone = 0.0; // seconds of a token since the CPU had something to compute
+        let mut waiting = Waiting::default();
         for (i, &level) in levels.iter().enumerate() {
             let home = (level > 0).then_some(gpus[i]);
             if free.binary_search(&i).is_ok() && at != home {
@@ -795,15 +795,15 @@ impl<'a> Tables<'a> {
                 }
                 at = home;
             }
-            let span = self.span(i, level, home, from);
+            let mut span = self.span(i, level, home, from);
             let cell = self.cell(self.position(home), i, level);
-            if home.is_none() {
-                alone = 0.0;
-            } else if cell.decode[1] > 0.0 {
-                all.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(alone + cell.lead);
-                alone = 0.0;
-            } else {
-                alone += cell.decode[0];
+            match home {
+                None => waiting.cpu(),
+                Some(_) if cell.decode[1] == 0.0 => waiting.gpu(cell.decode[0]),
+                Some(_) => {
+                    let waited = waiting.share(&problem.model.blocks[i], cell.lead);
+                    span.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(waited);
+                }
             }
             (all, run) = (all.plus(1.0, span), run.plus(1.0, span));
             from = home;

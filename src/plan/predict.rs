@@ -2,7 +2,7 @@
 
 use super::bytes::{self, Entry};
 use super::choose::{self, Outcome, Problem};
-use super::time::{self, Ahead, Rates};
+use super::time::{self, Ahead, Rates, Waiting};
 use super::{Device, Limit, Place, Plan};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -134,8 +134,7 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         Device::Cuda(i) => Rates::Gpu(&facts.gpus[i]),
     };
     let mut groups: Vec<Group> = Vec::new();
-    let mut ahead_ms = 0.0;
-    let mut alone = 0.0; // milliseconds of a token since the CPU had something to compute
+    let (mut waiting, mut ahead_ms) = (Waiting::default(), 0.0);
     for (block, place) in model.blocks.iter().zip(places) {
         let at = groups.iter().position(|g| g.kind == block.kind()).unwrap_or_else(|| {
             groups.push(Group { kind: block.kind().into(), n_blocks: 0, token_ms: 0.0, devices: Vec::new() });
@@ -151,12 +150,12 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
             let ms = 1e3 * rates.seconds(&decode);
             let mut ahead = 0.0;
             match share.device {
-                Device::Cuda(_) if place.len() == 1 => alone += ms,
+                Device::Cuda(_) if place.len() == 1 => waiting.gpu(ms * 1e-3),
                 Device::Cuda(_) => lead = 1e3 * rates.leading_seconds(&decode),
-                Device::Cpu if nth == 0 => alone = 0.0,
+                Device::Cpu if nth == 0 => waiting.cpu(),
                 Device::Cpu => {
-                    ahead = 1e3 * Ahead::new(&rates, block, &decode).seconds((alone + lead) * 1e-3);
-                    alone = 0.0;
+                    let waited = waiting.share(block, lead * 1e-3);
+                    ahead = 1e3 * Ahead::new(&rates, block, &decode).seconds(waited);
                 }
             }
             ahead_ms += ahead;

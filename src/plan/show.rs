@@ -293,7 +293,10 @@ pub fn why(plan_now: &Plan, model: &Model, facts: &Machine, wishes: &Wishes) -> 
     compare(&format!("context {half}"), model, facts, &Wishes { n_ctx: Some(half), ..wishes.clone() });
     let mut faster = facts.clone();
     faster.host.read.iter_mut().for_each(|r| r.gb_per_s *= 1.5);
-    faster.host.kernels.iter_mut().for_each(|k| k.decode_gb_per_s *= 1.5);
+    faster.host.kernels.iter_mut().for_each(|k| {
+        k.decode_gb_per_s *= 1.5;
+        k.experts_gb_per_s *= 1.5;
+    });
     compare("1.5 times the RAM bandwidth", model, &faster, wishes);
     for ty in [TensorType::Q8_0, TensorType::Q6_K, TensorType::Q4_K, TensorType::Q3_K] {
         compare(&format!("all weights {ty}"), &retyped(model, ty), facts, wishes);

@@ -10,14 +10,12 @@
 
 use super::bytes::{PROMPT_FROM, Sizes};
 use super::{Device, Plan, Share};
-use crate::machine::{EXPERT_TOKENS, Gpu, Host, Machine};
+use crate::machine::{CPU_STAGE_US, EXPERT_TOKENS, Gpu, Host, Machine};
 use tandem_cpu::Isa;
 use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Share of the host's read bandwidth that matrix-vector kernels reach where memory bounds them.
 const CPU_GEMV_SHARE: f64 = 0.92;
-/// One stage of a block on the CPU: barrier, and the serial pieces between (norm, quantisation), microseconds.
-const CPU_STAGE_US: f64 = 4.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
 /// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the
@@ -121,7 +119,7 @@ impl Product {
 
     /// Of the rate at which the CPU multiplies with many tokens, what the few that meet an expert in a prompt reach.
     fn share_of_many(&self, work: &Work, host: &Host) -> f64 {
-        if !self.is_stack || work.n_tokens == 1 {
+        if !self.is_stack || work.has_few(self) {
             return 1.0;
         }
         let half = host.kernel(self.ty).map_or(CPU_EXPERT_TOKENS, |k| {
@@ -150,9 +148,8 @@ pub(super) struct Work {
     /// Bytes of states, keys and values read and written.
     cache: f64,
     scan: Scan,
-    /// Stages between barriers on the CPU, and those of them that the measured rate of experts contains.
+    /// Stages between barriers on the CPU.
     n_stages: f64,
-    n_expert_stages: f64,
     /// Kernels of a token on a GPU.
     n_kernels: f64,
     /// Of them, those that choose what the other shares compute, and so come before these.
@@ -165,6 +162,11 @@ pub(super) struct Work {
 }
 
 impl Work {
+    /// Whether `product` is of experts that a few tokens at most have in common.
+    fn has_few(&self, product: &Product) -> bool {
+        product.is_stack && self.n_tokens < PROMPT_FROM
+    }
+
     /// `share` of a matrix in kernel number `kernel`.
     fn add(&mut self, kernel: usize, w: &Weight, share: f64) {
         let weights = (w.n_rows() * w.n_cols) as f64 * share;
@@ -216,7 +218,6 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
                 (stack.tokens, stack.is_stack) = (tokens * used / touched, true);
             }
             (work.n_stages, work.n_kernels, work.prompt_us) = (3.0, 2.0, GPU_FEED_FORWARD_US);
-            work.n_expert_stages = 3.0;
             if home {
                 work.add(0, &b.ffn_gate_inp, 1.0);
                 if let Some(s) = &b.shared {
@@ -271,8 +272,7 @@ fn token_bytes_by_device(model: &Model, plan: &Plan, n_past: usize) -> Vec<(Devi
     shares.collect()
 }
 
-/// Weights of one type on the CPU: GB/s for few tokens (of the experts of one: with the barriers), and 10^9 operations
-/// per second for many.
+/// Weights of one type on the CPU: GB/s for few tokens, and 10^9 operations per second for many.
 fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (f64, f64) {
     match host.kernel(ty) {
         Some(kernel) => {
@@ -313,14 +313,44 @@ impl Ahead {
     }
 }
 
+/// How long the CPU has waited, block after block of a token.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Waiting {
+    /// Seconds that a GPU has been alone since the CPU had something to compute.
+    alone: f64,
+    /// Whether that was a share of a mixture: in its shadow the GPU foresees the experts of the next one.
+    after_mixture: bool,
+}
+
+impl Waiting {
+    /// A GPU has a block for itself, for `seconds`.
+    pub fn gpu(&mut self, seconds: f64) {
+        self.alone += seconds;
+    }
+
+    /// The CPU has a block for itself.
+    pub fn cpu(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Seconds that the CPU had to read ahead in before its share of `block`, which begins `lead` seconds after the
+    /// GPU's.
+    pub fn share(&mut self, block: &Block<Weight>, lead: f64) -> f64 {
+        let is_mixture = matches!(block, Block::Moe(_));
+        let waited = if is_mixture && !self.after_mixture { 0.0 } else { self.alone + lead };
+        *self = Self { alone: 0.0, after_mixture: is_mixture };
+        waited
+    }
+}
+
 /// Seconds in which the CPU reads the weights of `work`, a few tokens.
 fn cpu_read_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
-    let rate = |p: &Product| cpu_rates(host, threads, p.ty, p.is_stack && work.n_tokens == 1).0;
+    let rate = |p: &Product| cpu_rates(host, threads, p.ty, work.has_few(p)).0;
     work.products.iter().map(|p| p.bytes() / rate(p) / 1e9).sum()
 }
 
 fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
-    let rates = |p: &Product| cpu_rates(host, threads, p.ty, p.is_stack && work.n_tokens == 1);
+    let rates = |p: &Product| cpu_rates(host, threads, p.ty, work.has_few(p));
     let read = cpu_read_seconds(host, threads, work);
     let multiply: f64 = work.products.iter().map(|p| p.ops() / (rates(p).1 * p.share_of_many(work, host)) / 1e9).sum();
     let share = match host.isa {
@@ -329,8 +359,7 @@ fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
     };
     let scan = work.scan_ops() / (cpu_rates(host, threads, TensorType::F32, false).1 * share) / 1e9;
     let cache = work.cache / (host.read_gb_per_s(threads) * CPU_GEMV_SHARE) / 1e9;
-    let counted = if work.n_tokens == 1 && !host.kernels.is_empty() { work.n_expert_stages } else { 0.0 };
-    read.max(multiply) + cache.max(scan) + (work.n_stages - counted) * CPU_STAGE_US * 1e-6
+    read.max(multiply) + cache.max(scan) + work.n_stages * CPU_STAGE_US * 1e-6
 }
 
 /// One token of a graph, or a few.
