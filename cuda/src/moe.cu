@@ -328,12 +328,12 @@ template <int TY, int FF> DEVICE void down(const Expert& w, const u64* slots, co
     constexpr int CHUNKS = is_float(TY) ? FF : FF / 32;
     for (int i = threadIdx.x; i < n * CHUNKS; i += DOWN_WARPS * WARP) {
         const int j = i / CHUNKS, c = i % CHUNKS;
-        // Weights of experts that are not here are not read; a branch around the rest would make its loads wait for the
-        // slot.
+        // Weights and scales of experts that are not here are not read (they need not exist); a branch around the rest
+        // would make its loads wait for the slot.
         const u64 slot = slots ? slots[j] : 0;
         const bool here = !slots || slot;
         const u8* weight = (const u8*)(slot + w.weight);
-        const float factor = weights[j] * (w.scale ? w.scale[ids ? ids[j] : 0] : 1.0f);
+        const float factor = weights[j] * (w.scale && here ? w.scale[ids ? ids[j] : 0] : 1.0f);
         const u64 from = at + (u64)j * FF_STRIDE;
         u64 rows[DOWN_ROWS];
 #pragma unroll
