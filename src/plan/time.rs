@@ -16,6 +16,9 @@ use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Share of the host's read bandwidth that matrix-vector kernels reach where memory bounds them.
 const CPU_GEMV_SHARE: f64 = 0.92;
+/// The beginning of a matrix-vector product on the CPU, where memory is slow: the large matrices that rates are
+/// measured with hide it, and rates of experts contain it. Microseconds.
+const CPU_BEGIN_US: f64 = 7.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
 /// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the
@@ -28,7 +31,7 @@ const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
 
 /// Of the time in which the CPU reads ahead, what it has not to read later: rows of a block, and experts, some of which
 /// are not those that are chosen. Measured with 16 threads.
-const CPU_AHEAD_ROWS: f64 = 0.6;
+const CPU_AHEAD_ROWS: f64 = 0.3;
 const CPU_AHEAD_EXPERTS: f64 = 0.35;
 
 /// A kernel of a step beside its bytes, on top of [`Gpu::kernel_us`]: the round trips to memory from its inputs to its
@@ -359,7 +362,10 @@ fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
     };
     let scan = work.scan_ops() / (cpu_rates(host, threads, TensorType::F32, false).1 * share) / 1e9;
     let cache = work.cache / (host.read_gb_per_s(threads) * CPU_GEMV_SHARE) / 1e9;
-    read.max(multiply) + cache.max(scan) + work.n_stages * CPU_STAGE_US * 1e-6
+    let mut begun: Vec<usize> = work.products.iter().filter(|p| !p.is_stack).map(|p| p.kernel).collect();
+    begun.dedup();
+    let fixed_us = work.n_stages * CPU_STAGE_US + begun.len() as f64 * CPU_BEGIN_US;
+    read.max(multiply) + cache.max(scan) + fixed_us * 1e-6
 }
 
 /// One token of a graph, or a few.
