@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-use tandem::machine::{self, Machine};
+use tandem::machine::{self, KernelRate, Machine};
 use tandem::plan::{self, Device, PlaceRule, Plan, Pool, Wishes, Workload, n_parts, row_unit};
 use tandem_spec::testing::shapes::{self, Mix, Shape};
 use tandem_spec::{Block, KvDtype, Model, Tensor, TensorType};
@@ -236,6 +236,31 @@ fn gpu_predictions_are_those_measured() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Where rates of kernels were measured, experts are predicted by their own: of one token, and of a prompt.
+#[test]
+fn measured_experts_have_rates_of_their_own() {
+    let model = shapes::model(&shapes::QWEN35_35B, Mix::Q4KM);
+    let wishes = Wishes { place: rules(&["blk.*.moe=cuda0:0%"]), ..Wishes::default() };
+    let predicted = |experts_gb_per_s, experts_prompt_gflops| {
+        let mut facts = known("rtx4070ti-12gb+ddr5-64gb");
+        let rate = |ty| KernelRate {
+            ty,
+            decode_gb_per_s: 60.0,
+            experts_gb_per_s,
+            prompt_gflops: 2000.0,
+            experts_prompt_gflops,
+        };
+        facts.host.kernels = [TensorType::Q4_K, TensorType::Q6_K].map(rate).to_vec();
+        facts.gpus[0].pinned_gb_per_s = 1.0; // so that prompts are not streamed
+        make(&model, &facts, &wishes).prediction
+    };
+    let (now, token, prompt) = (predicted(50.0, 1000.0), predicted(25.0, 1000.0), predicted(50.0, 500.0));
+    assert!(token.generate_tok_s < 0.65 * now.generate_tok_s && token.generate_tok_s > 0.45 * now.generate_tok_s);
+    assert!(!now.prompt_streams);
+    assert!(prompt.prompt_tok_s < 0.7 * now.prompt_tok_s, "{} of {}", prompt.prompt_tok_s, now.prompt_tok_s);
+    assert_eq!(prompt.generate_tok_s, now.generate_tok_s);
 }
 
 #[test]
