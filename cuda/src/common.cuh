@@ -126,6 +126,16 @@ DEVICE float warp_max(float v) {
     return v;
 }
 
+DEVICE u32 warp_max(u32 v) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL, v);
+#else
+#pragma unroll
+    for (int o = WARP / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(FULL, v, o));
+    return v;
+#endif
+}
+
 // Sum over all threads of the block, returned to all. `scratch`: 33 floats in shared memory.
 DEVICE float block_sum(float v, float* scratch) {
     v = warp_sum(v);

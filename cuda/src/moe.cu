@@ -72,16 +72,6 @@ DEVICE u32 ordered(float f) {
     return f != f ? 1 : u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-DEVICE u32 warp_max(u32 v) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(FULL, v);
-#else
-#pragma unroll
-    for (int o = WARP / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(FULL, v, o));
-    return v;
-#endif
-}
-
 // What a lane of the block that has chosen knows: the expert that comes `lane`-th, its slot and its weight (lane
 // N_USED: the weight of the shared expert).
 struct Choice {

@@ -103,23 +103,13 @@ struct Logits {
     }
 };
 
-// Sum and largest over a warp, returned to all.
+// Sum over a warp, returned to all.
 DEVICE u32 sum_of_warp(u32 v) {
 #if __CUDA_ARCH__ >= 800
     return __reduce_add_sync(FULL, v);
 #else
 #pragma unroll
     for (int o = WARP / 2; o > 0; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
-    return v;
-#endif
-}
-
-DEVICE u32 largest_of_warp(u32 v) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(FULL, v);
-#else
-#pragma unroll
-    for (int o = WARP / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(FULL, v, o));
     return v;
 #endif
 }
@@ -254,7 +244,7 @@ KERNEL __launch_bounds__(THREADS, 1) choose(const ChooseArgs a) {
         for (u32 i = g * GROUP + lane; i < (g + 1) * GROUP; i += WARP)
             if (i < N_VOCAB) most = larger(most, logits(i));
         best = larger(best, most);
-        const u32 of_group = largest_of_warp((u32)(most >> 32));
+        const u32 of_group = warp_max((u32)(most >> 32));
         if (lane == 0) maxima[g] = of_group;
     }
 #pragma unroll
