@@ -29,7 +29,7 @@ impl<'a> Ahead<'a> {
                 return false;
             }
             self.left -= part.len();
-            part.iter().step_by(64).for_each(|line| fetch(line));
+            fetch(part);
         }
         true
     }
@@ -38,18 +38,18 @@ impl<'a> Ahead<'a> {
 /// Asks for the first `n_bytes` of `rows` of `matrix`, which will be read soon: memory is slow to begin.
 pub(crate) fn ask_for_first(matrix: &Matrix, rows: Range<usize>, n_bytes: usize) {
     let bytes = matrix.row_bytes(rows);
-    bytes[..bytes.len().min(n_bytes)].iter().step_by(64).for_each(|line| fetch(line));
+    fetch(&bytes[..bytes.len().min(n_bytes)]);
 }
 
-/// Asks for a cache line, past the first-level cache.
+/// Asks for the cache lines of `bytes`, past the first-level cache.
 #[inline(always)]
-fn fetch(line: *const u8) {
+fn fetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    {
+    for line in bytes.iter().step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a prefetch of an invalid address does nothing.
-        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T1) };
+        // SAFETY: a prefetch changes nothing.
+        unsafe { _mm_prefetch((&raw const *line).cast(), _MM_HINT_T1) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
+    let _ = bytes;
 }

@@ -14,8 +14,8 @@ use tandem_spec::{Block, Model, TensorType, Weight};
 
 /// Changes when the measurement does, so that older files are measured again.
 const CACHE_VERSION: u32 = 7;
-/// Bytes read per pass, and of weights: so many that last-level caches (of 105 MB in the servers at hand) hold few of
-/// them from one pass to the next.
+/// Bytes read per pass, and of weights: many times the last-level cache of a desktop, two or three times those of the
+/// servers at hand (480 and 300 MB), which may keep a part from one pass to the next.
 const READ_BYTES: usize = 1 << 30;
 /// Passes per thread count; the best one counts, since everything else on the machine only slows a pass down.
 const READ_PASSES: usize = 5;

@@ -433,13 +433,11 @@ impl<'a> Tables<'a> {
         let cpu = Rates::Cpu { host: &facts.host, threads: *threads };
         let gpu = order.get(g).map(|&i| Rates::Gpu(&facts.gpus[i]));
         let levels = if gpu.is_some() { max_level(block) } else { 0 };
-        let seconds = |rates: &Rates, n: usize, home: bool| {
-            let decode = time::work(block, n, home, 1, past, &self.sizes);
-            let prompt = time::work(block, n, home, self.batch_tokens, prompt_past, &self.sizes);
-            let is_idle = n == 0 && !home;
-            if is_idle { (0.0, 0.0) } else { (rates.seconds(&decode), rates.seconds(&prompt)) }
+        let decode = |n: usize, home: bool| time::work(block, n, home, 1, past, &self.sizes);
+        let prompt_seconds = |rates: &Rates, n: usize, home: bool| {
+            rates.seconds(&time::work(block, n, home, self.batch_tokens, prompt_past, &self.sizes))
         };
-        let whole_on_gpu = gpu.map_or((0.0, 0.0), |gpu| seconds(&gpu, n_parts(block), true));
+        let whole_on_gpu = gpu.map_or(0.0, |gpu| prompt_seconds(&gpu, n_parts(block), true));
         (0..=levels)
             .map(|level| {
                 let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
@@ -454,7 +452,7 @@ impl<'a> Tables<'a> {
                         Device::Cpu => {
                             cell.cpu_bytes = bytes;
                             if streamed.is_some() {
-                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu.1, weights.sum::<u64>() as f64);
+                                (cell.streamed, cell.stream_bytes) = (whole_on_gpu, weights.sum::<u64>() as f64);
                             }
                             (cpu, 1)
                         }
@@ -463,8 +461,9 @@ impl<'a> Tables<'a> {
                             (gpu.expect("levels above 0 only with a GPU"), 0)
                         }
                     };
-                    (cell.decode[side], cell.prompt[side]) = seconds(&rates, share.part.len(), nth == 0);
-                    let work = time::work(block, share.part.len(), nth == 0, 1, past, &self.sizes);
+                    let work = decode(share.part.len(), nth == 0);
+                    cell.decode[side] = rates.seconds(&work);
+                    cell.prompt[side] = prompt_seconds(&rates, share.part.len(), nth == 0);
                     match nth {
                         0 => cell.lead = rates.leading_seconds(&work),
                         _ => cell.ahead = Ahead::new(&rates, block, &work),

@@ -151,7 +151,7 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
             let mut ahead = 0.0;
             match share.device {
                 Device::Cuda(_) if place.len() == 1 => waiting.gpu(ms * 1e-3),
-                Device::Cuda(_) => lead = 1e3 * rates.leading_seconds(&decode),
+                Device::Cuda(_) => {}
                 Device::Cpu if nth == 0 => waiting.cpu(),
                 Device::Cpu => {
                     let waited = waiting.share(block, lead * 1e-3);
@@ -159,7 +159,10 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
                 }
             }
             ahead_ms += ahead;
-            slowest = slowest.max(if nth == 0 { ms } else { lead + ms - ahead });
+            slowest = slowest.max(lead + ms - ahead);
+            if nth == 0 {
+                lead = 1e3 * rates.leading_seconds(&decode);
+            }
             let device = match group.devices.iter().position(|d| d.device == share.device) {
                 Some(at) => &mut group.devices[at],
                 None => {

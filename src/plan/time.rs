@@ -362,9 +362,8 @@ fn cpu_seconds(host: &Host, threads: usize, work: &Work) -> f64 {
     };
     let scan = work.scan_ops() / (cpu_rates(host, threads, TensorType::F32, false).1 * share) / 1e9;
     let cache = work.cache / (host.read_gb_per_s(threads) * CPU_GEMV_SHARE) / 1e9;
-    let mut begun: Vec<usize> = work.products.iter().filter(|p| !p.is_stack).map(|p| p.kernel).collect();
-    begun.dedup();
-    let fixed_us = work.n_stages * CPU_STAGE_US + begun.len() as f64 * CPU_BEGIN_US;
+    let n_begun = work.products.iter().filter(|p| !p.is_stack).map(|p| p.kernel + 1).max().unwrap_or(0);
+    let fixed_us = work.n_stages * CPU_STAGE_US + n_begun as f64 * CPU_BEGIN_US;
     read.max(multiply) + cache.max(scan) + fixed_us * 1e-6
 }
 
