@@ -138,7 +138,7 @@ impl WishArgs {
     /// A file that cannot be read, or a plan of another model.
     pub fn saved(&self, model: &Model) -> Result<Option<Plan>> {
         let Some(path) = &self.plan else { return Ok(None) };
-        let saved: Plan = read_json(path, "plan")?;
+        let saved: Plan = read_json(path, "tandem plan --json")?;
         saved.check(model).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         Ok(Some(saved))
     }
@@ -163,7 +163,7 @@ impl WishArgs {
         match &self.machine {
             None => Ok(machine::here(&measuring(self.cuda_libs.as_deref(), false))),
             Some(name) if Path::new(name).exists() => {
-                let facts: Machine = read_json(Path::new(name), "machine facts")?;
+                let facts: Machine = read_json(Path::new(name), "tandem probe --json")?;
                 facts.check().map_err(|e| anyhow!("{name}: {e}"))?;
                 Ok(facts)
             }
@@ -183,9 +183,9 @@ pub fn cache_dir() -> Option<PathBuf> {
     Some(absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?.join("tandem"))
 }
 
-/// Reads a JSON file of `what`.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path, what: &str) -> Result<T> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("{}: cannot read this {what} file", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{}: not a {what} file", path.display()))
+/// Reads a file that `command` writes.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path, command: &str) -> Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read this file", path.display()))?;
+    let not_written = || format!("{}: not what `{command}` of this version writes; run it again", path.display());
+    serde_json::from_str(&text).with_context(not_written)
 }

@@ -22,8 +22,8 @@ const N_USED: usize = 8;
 /// Tokens that share no expert with each other, and tokens of their prompt.
 const KINDS: usize = 8;
 const MOST: usize = KINDS * EXPERT_TOKENS;
-/// How long a rate of all types is measured. The mean of all steps counts, as it does for a text: others on a shared
-/// machine come and go within milliseconds.
+/// How long a rate of all types is measured for a file that is kept. The mean of all steps counts, as it does for a
+/// text: others on a shared machine come and go within milliseconds.
 const SECONDS: f64 = 0.5;
 /// Tokens of the batch: enough that decoding the weights for them costs as little as in the batches of long prompts.
 const PROMPT_TOKENS: usize = 256;
@@ -50,8 +50,8 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
     let rates =
         |types: &[TensorType]| {
-            let of_experts = experts(types, threads, isa, bytes)?;
-            let all = types.iter().zip(dense(types, threads, isa, bytes)?).zip(of_experts);
+            let of_experts = experts(types, threads, isa, bytes, SECONDS)?;
+            let all = types.iter().zip(dense(types, threads, isa, bytes, SECONDS)?).zip(of_experts);
             let rate = |((&ty, (decode_gb_per_s, prompt_gflops)), (experts_gb_per_s, experts_prompt_gflops))| {
                 KernelRate { ty, decode_gb_per_s, experts_gb_per_s, prompt_gflops, experts_prompt_gflops }
             };
@@ -62,17 +62,30 @@ pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate>
 }
 
 /// GB/s of one token and 10^9 operations per second of many, of `types` in feed-forward blocks, on `bytes` of weights
-/// or a block of each; an error where those would take more than four times as much: there is no memory for them.
-pub(super) fn dense(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
+/// or a block of each, the former for `decode_seconds`; an error where those would take more than four times as much:
+/// there is no memory for them.
+pub(super) fn dense(
+    types: &[TensorType],
+    threads: usize,
+    isa: Isa,
+    bytes: usize,
+    decode_seconds: f64,
+) -> Result<Vec<(f64, f64)>, Error> {
     let mut blocks = Blocks::new(types, threads, isa, bytes)?;
-    let (decode, prompt) = (blocks.decode_gb_per_s()?, blocks.prompt_gflops()?);
+    let (decode, prompt) = (blocks.decode_gb_per_s(decode_seconds)?, blocks.prompt_gflops()?);
     Ok(decode.into_iter().zip(prompt).collect())
 }
 
 /// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type on `bytes` of weights in all,
 /// or of the fewest experts that will do. One token after the other takes all of them; of a prompt each has
 /// [`EXPERT_TOKENS`] tokens.
-pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Vec<(f64, f64)>, Error> {
+pub(super) fn experts(
+    types: &[TensorType],
+    threads: usize,
+    isa: Isa,
+    bytes: usize,
+    decode_seconds: f64,
+) -> Result<Vec<(f64, f64)>, Error> {
     let matrix = |ty: TensorType| weight(ty, EXPERT_FF, EXPERT_EMBD).n_bytes();
     let of_all: usize = types.iter().map(|ty| 3 * N_USED * matrix(*ty)).sum();
     if 2 * of_all > 4 * bytes {
@@ -113,15 +126,15 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
         weights: weights.as_ptr(),
         n_choices: ids.len(),
     };
-    let mut seconds = |n_tasks: usize, n_tokens: usize| {
+    let mut seconds = |n_tasks: usize, n_tokens: usize, whole: f64| {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
         let desk = Desk { memory, ids: &ids[..n_tokens * N_USED], n_kinds };
-        mean_seconds(types.len(), &mut |i| {
+        mean_seconds(types.len(), whole, &mut |i| {
             let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
             backend.serve(&tasks, &batch, &mut state, &desk, &mut []).map(|_| ())
         })
     };
-    let (decode, prompt) = (seconds(n_kinds, 1)?, seconds(1, MOST)?);
+    let (decode, prompt) = (seconds(n_kinds, 1, decode_seconds)?, seconds(1, MOST, SECONDS)?);
     let ops = 2.0 * (3 * EXPERT_EMBD * EXPERT_FF * N_USED * MOST) as f64;
     let stages = 3.0 * CPU_STAGE_US * 1e-6 * n_kinds as f64;
     let rates = types.iter().zip(decode).zip(prompt).map(|((&ty, decode), prompt)| {
@@ -131,12 +144,12 @@ pub(super) fn experts(types: &[TensorType], threads: usize, isa: Isa, bytes: usi
     Ok(rates.collect())
 }
 
-/// Of `n` things that `run` does, the mean seconds of each: they take turns for [`SECONDS`] in all, after a round that
-/// warms up.
-fn mean_seconds(n: usize, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<Vec<f64>, Error> {
+/// Of `n` things that `run` does, the mean seconds of each: they take turns for `whole` seconds in all, after a round
+/// that warms up.
+fn mean_seconds(n: usize, whole: f64, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<Vec<f64>, Error> {
     (0..n).try_for_each(&mut *run)?;
     let (mut sums, mut n_rounds, begin) = (vec![0.0; n], 0.0, Instant::now());
-    while n_rounds < 1.0 || begin.elapsed().as_secs_f64() < SECONDS {
+    while n_rounds < 1.0 || begin.elapsed().as_secs_f64() < whole {
         for (i, sum) in sums.iter_mut().enumerate() {
             let start = Instant::now();
             run(i)?;
@@ -226,22 +239,22 @@ impl Blocks {
         Ok(Self { backend, state, x: vec![1.0; PROMPT_TOKENS * N_EMBD], n_bytes, n_blocks })
     }
 
-    /// Of each type, seconds of `n_tokens` through `n_blocks` of its blocks.
-    fn seconds(&mut self, n_blocks: usize, n_tokens: usize) -> Result<Vec<f64>, Error> {
+    /// Of each type, seconds of `n_tokens` through `n_blocks` of its blocks, measured for `whole` seconds.
+    fn seconds(&mut self, n_blocks: usize, n_tokens: usize, whole: f64) -> Result<Vec<f64>, Error> {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
-        mean_seconds(self.n_bytes.len(), &mut |i| {
+        mean_seconds(self.n_bytes.len(), whole, &mut |i| {
             let first = i * self.n_blocks;
             self.backend.run(first..first + n_blocks, &batch, &mut self.state, &mut self.x, &mut [])
         })
     }
 
-    fn decode_gb_per_s(&mut self) -> Result<Vec<f64>, Error> {
-        let seconds = self.seconds(self.n_blocks, 1)?;
+    fn decode_gb_per_s(&mut self, whole: f64) -> Result<Vec<f64>, Error> {
+        let seconds = self.seconds(self.n_blocks, 1, whole)?;
         Ok(self.n_bytes.iter().zip(seconds).map(|(n, s)| (n * self.n_blocks) as f64 / s / 1e9).collect())
     }
 
     fn prompt_gflops(&mut self) -> Result<Vec<f64>, Error> {
         let ops = 2.0 * (3 * N_EMBD * N_FF * PROMPT_TOKENS) as f64;
-        Ok(self.seconds(1, PROMPT_TOKENS)?.into_iter().map(|s| ops / s / 1e9).collect())
+        Ok(self.seconds(1, PROMPT_TOKENS, SECONDS)?.into_iter().map(|s| ops / s / 1e9).collect())
     }
 }
