@@ -309,6 +309,7 @@ fn cases_head() -> Vec<Case> {
         Case::new("head odd", head(37, 67), &[F32], SEVERAL),
         Case::new("head awkward", head(256, 67), &[Q6_K], SEVERAL).awkward(),
         Case::new("head 0.8B", head(1024, 4099), &[Q6_K], PROMPT),
+        Case::new("head 0.8B token by token", head(1024, 4099), &[Q6_K], DECODE),
     ]);
     cases
 }
