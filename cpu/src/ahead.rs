@@ -41,7 +41,8 @@ pub(crate) fn ask_for_first(matrix: &Matrix, rows: Range<usize>, n_bytes: usize)
     fetch(&bytes[..bytes.len().min(n_bytes)]);
 }
 
-/// Asks for the cache lines of `bytes`.
+/// Asks for the cache lines of `bytes`, into all caches: with the hint that leaves out the first level a token of a
+/// hybrid plan takes 1 to 3 % longer on 16 threads, as if some lines were not fetched.
 #[inline(always)]
 fn fetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]

@@ -185,7 +185,9 @@ pub fn cache_dir() -> Option<PathBuf> {
 
 /// Reads a file that `command` writes.
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path, command: &str) -> Result<T> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read this file", path.display()))?;
-    let not_written = || format!("{}: not what `{command}` of this version writes; run it again", path.display());
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("{}: cannot read this file (of `{command}`)", path.display()))?;
+    let not_written =
+        || format!("{}: not as `{command}` of this version writes it; correct it or write it again", path.display());
     serde_json::from_str(&text).with_context(not_written)
 }

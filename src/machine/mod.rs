@@ -141,7 +141,8 @@ pub struct KernelRate {
     pub experts_gb_per_s: f64,
     /// Many tokens: operations (two per weight and token) per second, 10^9/s.
     pub prompt_gflops: f64,
-    /// The same of routed experts where each has about [`EXPERT_TOKENS`] tokens, which share the decoding of its weights.
+    /// The same of routed experts where each has about [`EXPERT_TOKENS`] tokens, which share the decoding of its
+    /// weights.
     pub experts_prompt_gflops: f64,
 }
 

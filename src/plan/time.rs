@@ -31,7 +31,7 @@ const CPU_SCAN_SHARE_AVX512: f64 = 0.6;
 
 /// Of the time in which the CPU reads ahead, what it has not to read later: rows of a block, and experts, some of which
 /// are not those that are chosen. Measured with 16 threads.
-const CPU_AHEAD_ROWS: f64 = 0.5;
+const CPU_AHEAD_ROWS: f64 = 0.3;
 const CPU_AHEAD_EXPERTS: f64 = 0.42;
 
 /// A kernel of a step beside its bytes, on top of [`Gpu::kernel_us`]: the round trips to memory from its inputs to its

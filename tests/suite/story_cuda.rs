@@ -6,7 +6,7 @@ use super::story::{in_type, owl, second_turn_knows_the_first, story};
 use std::sync::Arc;
 use tandem::engine::{DeviceOptions, Engine, Session};
 use tandem::gguf::File;
-use tandem::plan::Workload;
+use tandem::plan::{self, PlaceRule, Wishes};
 use tandem::text::{Sampler, SamplerOptions, Tokenizer, Vocabulary};
 use tandem_cuda::{Backend, Device, Feed, Options, Products};
 use tandem_spec::testing::{Rng, relative_rms};
@@ -257,9 +257,10 @@ fn engine(file: &File) -> Option<Engine> {
     let cuda_libs = std::env::var_os("TANDEM_CUDA_LIBS").map(std::path::PathBuf::from);
     let measuring = tandem::machine::Options { cuda_libs: cuda_libs.clone(), ..Default::default() };
     let machine = tandem::machine::here(&measuring);
-    let wishes = tandem::plan::Wishes { workload: Workload::default(), ..Default::default() };
-    let plan = tandem::plan::plan(&model, &machine, &wishes).unwrap();
-    assert_eq!(plan.devices(), [tandem::plan::Device::Cuda(0)]);
+    // Without the rule so small a model may go to the CPU, which depends on what was measured.
+    let place = vec![PlaceRule::parse("*=cuda0").unwrap()];
+    let plan = plan::plan(&model, &machine, &Wishes { place, ..Default::default() }).unwrap();
+    assert_eq!(plan.devices(), [plan::Device::Cuda(0)]);
     let cubin_cache = Some(std::env::temp_dir().join("tandem-test-cubins"));
     let options = DeviceOptions { isa: tandem_cpu::Isa::detect(), cuda_libs, cubin_cache };
     Some(Engine::load(model, plan, &options, file, &|_| {}).unwrap())
