@@ -89,15 +89,21 @@ fn an_unwritable_trace_is_refused_first() {
     assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "no plan was made");
 }
 
-/// Facts about a machine that are no facts are refused with the name of their file.
+/// Facts about a machine that are no facts, or those of another version, are refused with the name of their file and
+/// what is wrong.
 #[test]
 fn wrong_facts_are_refused() {
     let probed = tandem(&["probe", "--json"], &[]);
     let mut facts: serde_json::Value = serde_json::from_slice(&probed.stdout).unwrap();
     facts["host"]["read"] = serde_json::json!([]);
-    let path = scratch("no-rates.json", facts.to_string().as_bytes());
-    let path = path.to_str().unwrap();
-    assert_refused(&["plan", &golden("qwen35-f32.gguf"), "--machine", path], &[], 1, &[path, "`read`"]);
+    let refuse = |name: &str, facts: &serde_json::Value, says: &[&str]| {
+        let path = scratch(name, facts.to_string().as_bytes());
+        let path = path.to_str().unwrap();
+        assert_refused(&["plan", &golden("qwen35-f32.gguf"), "--machine", path], &[], 1, &[&[path], says].concat());
+    };
+    refuse("no-rates.json", &facts, &["`read`"]);
+    facts["host"].as_object_mut().unwrap().remove("read");
+    refuse("no-read.json", &facts, &["`read`", "`tandem probe --json`"]);
 }
 
 /// Options that contradict each other are refused, where both come from the command line or both from the
