@@ -2,7 +2,7 @@
 //! than the caches of any processor, run on one token, and one of them on a batch; and mixtures of experts, as shares
 //! of a step whose other side answers at once.
 
-use super::{CPU_STAGE_US, EXPERT_TOKENS, KernelRate};
+use super::{CPU_STAGE_US, KernelRate};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
@@ -19,11 +19,10 @@ const N_FF: usize = 8192;
 const EXPERT_EMBD: usize = 2048;
 const EXPERT_FF: usize = 512;
 const N_USED: usize = 8;
-/// Tokens of each kind in a prompt; kinds share no expert with each other. About [`EXPERT_TOKENS`], also of the first
-/// few kinds alone, spread as routing spreads them: kernels take tokens in groups, and 17 cost more than one more than
-/// 16.
+/// Tokens of each kind in a prompt; kinds share no expert with each other. About
+/// [`EXPERT_TOKENS`](super::EXPERT_TOKENS), also of the first few kinds alone, spread as routing spreads them: kernels
+/// take tokens in groups, and 17 cost more than one more than 16.
 const KINDS: [usize; 8] = [14, 18, 10, 22, 15, 17, 12, 20];
-const MOST: usize = KINDS.len() * EXPERT_TOKENS;
 /// How long a rate of all types is measured for a file that is kept. The mean of all steps counts, as it does for a
 /// text: others on a shared machine come and go within milliseconds.
 const SECONDS: f64 = 0.5;
@@ -47,13 +46,27 @@ fn linear(ty: TensorType, n_rows: usize, n_cols: usize) -> Linear<Weight> {
     Linear { weight: weight(ty, n_rows, n_cols), scale: None, bias: None }
 }
 
+/// Of what rates are measured, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Test<'a> {
+    /// At least one.
+    pub types: &'a [TensorType],
+    pub threads: usize,
+    pub isa: Isa,
+    /// Of the weights of all types, or a block of each.
+    pub bytes: usize,
+    /// How long one token is measured.
+    pub decode_seconds: f64,
+}
+
 /// Rates of every measured type with `threads` threads, on `bytes` of weights or a block of each; of those for which
 /// there is memory.
 pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate> {
     let rates =
         |types: &[TensorType]| {
-            let of_experts = experts(types, threads, isa, bytes, SECONDS)?;
-            let all = types.iter().zip(dense(types, threads, isa, bytes, SECONDS)?).zip(of_experts);
+            let test = Test { types, threads, isa, bytes, decode_seconds: SECONDS };
+            let of_experts = experts(test)?;
+            let all = types.iter().zip(dense(test)?).zip(of_experts);
             let rate = |((&ty, (decode_gb_per_s, prompt_gflops)), (experts_gb_per_s, experts_prompt_gflops))| {
                 KernelRate { ty, decode_gb_per_s, experts_gb_per_s, prompt_gflops, experts_prompt_gflops }
             };
@@ -63,43 +76,26 @@ pub(super) fn measure(threads: usize, isa: Isa, bytes: usize) -> Vec<KernelRate>
     rates(&TYPES).unwrap_or_else(|_| TYPES.iter().filter_map(|ty| rates(&[*ty]).ok()).flatten().collect())
 }
 
-/// GB/s of one token and 10^9 operations per second of many, of `types` in feed-forward blocks, on `bytes` of weights
-/// or a block of each, the former for `decode_seconds`; an error where those would take more than four times as much:
-/// there is no memory for them.
-pub(super) fn dense(
-    types: &[TensorType],
-    threads: usize,
-    isa: Isa,
-    bytes: usize,
-    decode_seconds: f64,
-) -> Result<Vec<(f64, f64)>, Error> {
-    if types.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut blocks = Blocks::new(types, threads, isa, bytes)?;
-    let (decode, prompt) = (blocks.decode_gb_per_s(decode_seconds)?, blocks.prompt_gflops()?);
+/// GB/s of one token and 10^9 operations per second of many, of each type in feed-forward blocks; an error where those
+/// would take more than four times the bytes of `test`: there is no memory for them.
+pub(super) fn dense(test: Test) -> Result<Vec<(f64, f64)>, Error> {
+    let mut blocks = Blocks::new(test)?;
+    let (decode, prompt) = (blocks.decode_gb_per_s(test.decode_seconds)?, blocks.prompt_gflops()?);
     Ok(decode.into_iter().zip(prompt).collect())
 }
 
-/// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type on `bytes` of weights in all,
-/// or of the fewest experts that will do. One token after the other takes all of them; of a prompt each has
-/// about [`EXPERT_TOKENS`] tokens.
-pub(super) fn experts(
-    types: &[TensorType],
-    threads: usize,
-    isa: Isa,
-    bytes: usize,
-    decode_seconds: f64,
-) -> Result<Vec<(f64, f64)>, Error> {
-    if types.is_empty() {
-        return Ok(Vec::new());
-    }
+/// The same of experts, as the workers of a hybrid plan meet them: a mixture of each type, on the bytes of `test` in
+/// all or of the fewest experts that will do. One token after the other takes all of them; of a prompt each has about
+/// [`EXPERT_TOKENS`](super::EXPERT_TOKENS) tokens.
+pub(super) fn experts(test: Test) -> Result<Vec<(f64, f64)>, Error> {
+    let Test { types, threads, isa, bytes, decode_seconds } = test;
     let matrix = |ty: TensorType| weight(ty, EXPERT_FF, EXPERT_EMBD).n_bytes();
     let of_all: usize = types.iter().map(|ty| 3 * N_USED * matrix(*ty)).sum();
     if 2 * of_all > 4 * bytes {
         return Err(Error::WeightMemory { bytes: 2 * of_all });
     }
     let n_kinds = (bytes / of_all).max(2);
+    let n_tokens: usize = KINDS.iter().take(n_kinds).sum();
     let n_experts = n_kinds * N_USED;
     let (n_ff, n_embd) = (n_experts * EXPERT_FF, n_experts * EXPERT_EMBD);
     let block = |&ty: &TensorType| Moe {
@@ -122,10 +118,10 @@ pub(super) fn experts(
     };
     let largest = types.iter().map(|ty| n_experts * matrix(*ty)).max().unwrap_or(0);
     let blocks = types.iter().map(|ty| Block::Moe(block(ty))).collect();
-    let (backend, mut state) = load(blocks, EXPERT_EMBD, largest, (threads, isa), MOST)?;
-    let (mut x, mut sum) = (vec![1.0; MOST * EXPERT_EMBD], vec![0.0; MOST * EXPERT_EMBD]);
-    let ids: Vec<AtomicU32> = (0..MOST * N_USED).map(|_| AtomicU32::new(0)).collect();
-    let weights = vec![1.0; MOST * N_USED];
+    let (backend, mut state) = load(blocks, EXPERT_EMBD, largest, (threads, isa), n_tokens)?;
+    let (mut x, mut sum) = (vec![1.0; n_tokens * EXPERT_EMBD], vec![0.0; n_tokens * EXPERT_EMBD]);
+    let ids: Vec<AtomicU32> = (0..n_tokens * N_USED).map(|_| AtomicU32::new(0)).collect();
+    let weights = vec![1.0; n_tokens * N_USED];
     let memory = Memory {
         x: x.as_mut_ptr(),
         sum: sum.as_mut_ptr(),
@@ -142,7 +138,6 @@ pub(super) fn experts(
             backend.serve(&tasks, &batch, &mut state, &desk, &mut []).map(|_| ())
         })
     };
-    let n_tokens = KINDS.iter().take(n_kinds).sum();
     let (decode, prompt) = (seconds(n_kinds, 1, decode_seconds)?, seconds(1, n_tokens, SECONDS)?);
     let ops = 2.0 * (3 * EXPERT_EMBD * EXPERT_FF * N_USED * n_tokens) as f64;
     let stages = 3.0 * CPU_STAGE_US * 1e-6 * n_kinds as f64;
@@ -227,7 +222,7 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn new(types: &[TensorType], threads: usize, isa: Isa, bytes: usize) -> Result<Self, Error> {
+    fn new(Test { types, threads, isa, bytes, .. }: Test) -> Result<Self, Error> {
         let block = |&ty: &TensorType| Ffn {
             layer: 0,
             shape: FfnShape { n_embd: N_EMBD, n_ff: N_FF, rms_eps: 1e-6 },

@@ -137,12 +137,14 @@ impl Host {
         }
         let mut measured = self.kernels.iter_mut().filter(|k| stand_for_types.contains(&k.ty)).collect::<Vec<_>>();
         let types: Vec<TensorType> = measured.iter().map(|k| k.ty).collect();
-        // Where there is too little memory to measure, what is remembered stays.
         let bytes = bytes_to_read(self.ram_available);
-        if let Ok(rates) = kernels::dense(&types, threads, self.isa, bytes, SECONDS_NOW) {
+        let test = kernels::Test { types: &types, threads, isa: self.isa, bytes, decode_seconds: SECONDS_NOW };
+        let test = Some(test).filter(|_| !types.is_empty());
+        // Where there is too little memory to measure, what is remembered stays.
+        if let Some(Ok(rates)) = test.map(kernels::dense) {
             measured.iter_mut().zip(rates).for_each(|(k, of)| (k.decode_gb_per_s, k.prompt_gflops) = of);
         }
-        if let Some(Ok(rates)) = has_experts.then(|| kernels::experts(&types, threads, self.isa, bytes, SECONDS_NOW)) {
+        if let Some(Ok(rates)) = test.filter(|_| has_experts).map(kernels::experts) {
             measured.iter_mut().zip(rates).for_each(|(k, of)| (k.experts_gb_per_s, k.experts_prompt_gflops) = of);
         }
         (self.threads, self.read) = (threads, vec![ReadRate { threads, gb_per_s }]);
