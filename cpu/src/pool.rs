@@ -1,6 +1,7 @@
 //! The worker pool: one rayon broadcast runs a function on every worker, and inside it the workers meet at
 //! barriers and share out the pieces of a stage. Owns the threads and the meeting points; knows nothing of blocks.
 
+use core_affinity::CoreId;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::any::Any;
 use std::cell::Cell;
@@ -13,6 +14,27 @@ use std::sync::{Mutex, PoisonError};
 /// of a stage usually differ, shorter than what a preempted worker would lose.
 const SPINS: u32 = 1000;
 
+/// A core for each of `n_workers` threads, if so many are there for this process, or none: the scheduler may leave two
+/// workers on one core for many milliseconds, in which all others wait for them at every barrier. Fewer workers than
+/// cores stay free, lest two programs meet on the same ones.
+fn cores_of(n_workers: usize) -> Vec<CoreId> {
+    let mut cores = core_affinity::get_core_ids().unwrap_or_default();
+    cores.retain(is_first_of_core);
+    if cores.len() == n_workers { cores } else { Vec::new() }
+}
+
+/// Whether `cpu` is the first of the hardware threads of its core, as far as the system tells.
+fn is_first_of_core(cpu: &CoreId) -> bool {
+    let path = format!("/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list", cpu.id);
+    let Ok(siblings) = std::fs::read_to_string(path) else { return true };
+    siblings
+        .trim()
+        .split([',', '-'])
+        .next()
+        .and_then(|first| first.parse().ok())
+        .is_none_or(|first: usize| first == cpu.id)
+}
+
 /// Threads that run one function together.
 pub(crate) struct Pool {
     threads: ThreadPool,
@@ -23,9 +45,16 @@ pub(crate) struct Pool {
 impl Pool {
     /// A pool of `n_workers` threads, at least 1.
     pub fn new(n_workers: usize) -> Result<Self, ThreadPoolBuildError> {
+        let cores = cores_of(n_workers);
+        let pin = move |worker: usize| {
+            if let Some(core) = cores.get(worker) {
+                core_affinity::set_for_current(*core); // or else it runs where the scheduler puts it
+            }
+        };
         let threads = ThreadPoolBuilder::new()
             .num_threads(n_workers.max(1))
             .thread_name(|i| format!("tandem-cpu-{i}"))
+            .start_handler(pin)
             .build()?;
         Ok(Self { threads, running: Mutex::new(()) })
     }
