@@ -64,6 +64,8 @@ struct Row {
     handoff: Option<(f64, usize)>,
     /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had.
     experts_on_gpu: Option<f64>,
+    /// What the plan predicts where as many experts of a token are missing on the GPU as here.
+    predicted_for_routing: Option<f64>,
 }
 
 /// Bytes that one generated token moves, the rate that this makes, and its share of the measured bandwidth.
@@ -207,8 +209,10 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
             let answered = hand_overs.iter().filter(|t| t.taken >= t.given); // not the head's
             let costs: Vec<f64> = answered.map(handoff_cost).collect();
             let handoff = if costs.is_empty() { None } else { Some((median(&costs), costs.len())) };
-            let experts_on_gpu = session.expert_uses().since(uses).share();
-            rows.push(Row { gpu_busy, handoff, experts_on_gpu, ..Row::new(&loaded, "tg", n, depth, rates) });
+            let uses = session.expert_uses().since(&uses);
+            let (experts_on_gpu, predicted_for_routing) = (uses.share(), loaded.rate_for(&uses, depth + n / 2));
+            let row = Row::new(&loaded, "tg", n, depth, rates);
+            rows.push(Row { gpu_busy, handoff, experts_on_gpu, predicted_for_routing, ..row });
         }
     }
     let memory = load::memory(&loaded.engine, &session)?;
@@ -285,9 +289,20 @@ impl Row {
         let engine = &loaded.engine;
         let median = median(&rates);
         let test = format!("{kind}{n}");
-        let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth);
-        let (predicted, read, gpu_busy, handoff, experts_on_gpu) = (None, None, None, None, None);
-        let row = Self { test, depth, tokens: n, rates, median, predicted, read, gpu_busy, handoff, experts_on_gpu };
+        let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth, None);
+        let row = Self {
+            test,
+            depth,
+            tokens: n,
+            rates,
+            median,
+            predicted: None,
+            read: None,
+            gpu_busy: None,
+            handoff: None,
+            experts_on_gpu: None,
+            predicted_for_routing: None,
+        };
         if kind == "pp" {
             return Self { predicted: rates_at(n).map(|r| r.1).filter(|_| depth == 0), ..row };
         }
@@ -373,7 +388,9 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) ->
     }
     for row in rows {
         if let Some(share) = row.experts_on_gpu {
-            writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses", row.test, 100.0 * share)?;
+            let predicted = row.predicted_for_routing.map(|rate| format!(", for which {rate:.2} tok/s are predicted"));
+            let predicted = predicted.unwrap_or_default();
+            writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses{predicted}", row.test, 100.0 * share)?;
         }
     }
     let after = reading.after.map_or(String::new(), |rate| format!(" before, {rate:.1} after"));

@@ -115,7 +115,7 @@ pub fn generate(
         }
     };
     let step_time = start.elapsed().saturating_sub(prompt_time);
-    let expert_uses = session.expert_uses().since(uses);
+    let expert_uses = session.expert_uses().since(&uses);
     if stop != StopReason::StopString {
         piece.clear();
         stream.finish(&mut piece);

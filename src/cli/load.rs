@@ -2,7 +2,7 @@
 //! progress bar, and compare planned with actual bytes afterwards.
 
 use super::wishes::{self, WishArgs};
-use crate::engine::{DeviceOptions, Engine, Error, Session};
+use crate::engine::{DeviceOptions, Engine, Error, ExpertUses, Session};
 use crate::gguf::File;
 use crate::machine::Machine;
 use crate::plan::{self, Device, Plan, Pool, Wishes, Workload};
@@ -77,6 +77,15 @@ pub struct Loaded {
     pub machine: Machine,
     /// Time from the plan to the last packed weight.
     pub load_time: Duration,
+}
+
+impl Loaded {
+    /// Tokens per second that are predicted after `depth` others where experts are missing on GPUs as often as in
+    /// `uses`; `None` without any use.
+    pub fn rate_for(&self, uses: &ExpertUses, depth: usize) -> Option<f64> {
+        let plan = self.engine.plan();
+        plan.rates_at(self.engine.model(), &self.machine, depth, Some(&uses.misses()?)).map(|rates| rates.0)
+    }
 }
 
 /// Plans `opened` for `workload`, says the plan in one line on standard error, and loads it.

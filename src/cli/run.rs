@@ -294,8 +294,10 @@ struct Summary<'a> {
     predicted_generate_tok_s: f64,
     gb_per_s: f64,
     bandwidth_share: f64,
-    /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had.
+    /// Of mixtures that a GPU shares with the CPU: share of the uses of experts that the GPU had, and the rate that is
+    /// predicted where as many of a token's are missing there.
     experts_on_gpu: Option<f64>,
+    predicted_for_routing_tok_s: Option<f64>,
     text: &'a str,
 }
 
@@ -316,6 +318,7 @@ impl<'a> Summary<'a> {
             gb_per_s: generate_tok_s * plan::token_bytes(model, plan, n_past) as f64 * 1e-9,
             bandwidth_share: generate_tok_s * plan::token_roof_seconds(model, plan, &loaded.machine, n_past),
             experts_on_gpu: generated.expert_uses.share(),
+            predicted_for_routing_tok_s: loaded.rate_for(&generated.expert_uses, n_past),
             text: &generated.text,
         }
     }
@@ -336,8 +339,10 @@ fn close(args: &RunArgs, generated: &Generated, loaded: &Loaded, session: &Sessi
         StopReason::Context => " | the context is full (--ctx)",
         StopReason::Interrupted => " | interrupted",
     };
+    let for_routing =
+        summary.predicted_for_routing_tok_s.map(|rate| format!(" (for which {rate:.1} tok/s are predicted)"));
     let experts = summary.experts_on_gpu.map(|share| format!(" | experts on the GPU: {:.1} % of uses", 100.0 * share));
-    let experts = experts.unwrap_or_default();
+    let experts = experts.unwrap_or_default() + &for_routing.unwrap_or_default();
     eprintln!(
         "loaded in {:.2} s | prompt {} tokens, {:.1} tok/s | generated {} tokens, {:.1} tok/s (predicted {:.1}) | {:.1} GB/s, {:.0} % of \
          the bandwidth{experts}{ended}",

@@ -46,24 +46,38 @@ pub(super) struct Layer {
     is_here: Vec<bool>,
 }
 
-/// Uses of experts in steps of single tokens, and how many of them a GPU had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Uses of experts of mixtures that a GPU shares with the CPU, in steps of single tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpertUses {
-    /// Of experts of mixtures that a GPU shares with the CPU.
-    pub all: u64,
-    /// On the GPU.
-    pub on_gpu: u64,
+    /// How often `k` of the experts that a token used in a mixture were not on the GPU, for each `k` from 0 to all.
+    by_misses: Vec<u64>,
 }
 
 impl ExpertUses {
+    /// Notes the experts of a token, as the GPU hands them over.
+    fn note(&mut self, ids: &[u32]) {
+        let misses = ids.iter().filter(|id| **id & ELSEWHERE == 0).count();
+        self.by_misses.resize(self.by_misses.len().max(ids.len() + 1), 0);
+        self.by_misses[misses] += 1;
+    }
+
     /// Uses since `before`.
-    pub fn since(self, before: Self) -> Self {
-        Self { all: self.all - before.all, on_gpu: self.on_gpu - before.on_gpu }
+    pub fn since(&self, before: &Self) -> Self {
+        let before = before.by_misses.iter().chain(std::iter::repeat(&0));
+        Self { by_misses: self.by_misses.iter().zip(before).map(|(now, before)| now - before).collect() }
+    }
+
+    /// The probability of each number of misses, from none to all experts of a token; `None` without any use.
+    pub fn misses(&self) -> Option<Vec<f64>> {
+        let all: u64 = self.by_misses.iter().sum();
+        (all > 0).then(|| self.by_misses.iter().map(|n| *n as f64 / all as f64).collect())
     }
 
     /// Share of the uses that the GPU had; `None` without any.
-    pub fn share(self) -> Option<f64> {
-        (self.all > 0).then(|| self.on_gpu as f64 / self.all as f64)
+    pub fn share(&self) -> Option<f64> {
+        let misses = self.misses()?;
+        let missed: f64 = misses.iter().enumerate().map(|(k, p)| k as f64 * p).sum();
+        Some(1.0 - missed / (misses.len() - 1) as f64)
     }
 }
 
@@ -104,8 +118,8 @@ impl Experts {
     }
 
     /// Uses so far.
-    pub fn uses(&self) -> ExpertUses {
-        self.uses
+    pub fn uses(&self) -> &ExpertUses {
+        &self.uses
     }
 
     /// Notes the choices of block `block` for a batch of `n_tokens` as the GPU hands them over: those that it has
@@ -119,8 +133,7 @@ impl Experts {
             }
         }
         if is_decode {
-            self.uses.all += ids.len() as u64;
-            self.uses.on_gpu += ids.iter().filter(|id| **id & ELSEWHERE != 0).count() as u64;
+            ids.chunks_exact(ids.len() / n_tokens).for_each(|ids| self.uses.note(ids));
         }
     }
 
@@ -203,7 +216,7 @@ mod tests {
         assert_eq!(slots.len(), 4);
         assert!(slots.contains(&7) && slots.contains(&6) && slots.contains(&0));
         assert!(experts.exchanges(0).is_empty());
-        assert_eq!(experts.uses(), ExpertUses::default(), "prompts are not counted");
+        assert_eq!(experts.uses().share(), None, "prompts are not counted");
     }
 
     /// Counts of a streamed prompt are uses like those that are handed over, however long it is.
@@ -231,7 +244,7 @@ mod tests {
             moved += experts.exchanges(0).len();
         }
         assert_eq!(moved, 3);
-        assert_eq!(experts.uses(), ExpertUses { all: 80, on_gpu: 0 });
+        assert_eq!(experts.uses().misses(), Some(vec![0.0, 0.0, 0.0, 0.0, 1.0]), "four experts a token");
     }
 
     /// Old uses fade: what is used now takes the place of what was used more, once.
@@ -259,5 +272,10 @@ mod tests {
         experts.pass(1);
         assert!(experts.exchanges(0).is_empty());
         assert_eq!(experts.uses().share(), Some(0.25));
+        let before = experts.uses().clone();
+        experts.note(10, &[7, 7, 7, 7, 7, 7, 7, 7], 1, true);
+        experts.note(10, &[ELSEWHERE; 16], 2, true);
+        let since = experts.uses().since(&before);
+        assert_eq!(since.by_misses, [2, 0, 0, 0, 0, 0, 0, 0, 1]);
     }
 }

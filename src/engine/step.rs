@@ -216,7 +216,7 @@ impl Engine {
 
     /// Uses of routed experts in steps of single tokens so far.
     pub fn expert_uses(&self) -> ExpertUses {
-        self.experts().uses()
+        self.experts().uses().clone()
     }
 
     /// Experts come to GPUs whose CPU has them too, after a batch of `n_tokens` whose routing is known: what this

@@ -11,7 +11,7 @@
 //! that costs more than the rows it moves) is simply not taken.
 
 use super::bytes::{self, Sizes, StagingBytes};
-use super::time::{self, Ahead, Rates, Waiting};
+use super::time::{self, Rates, Token, Waiting};
 use super::{Alternative, Device, Place, Plan, Refusal, Share, Wishes, Workload, n_parts, row_unit};
 use crate::machine::Machine;
 use tandem_spec::{Block, KvDtype, Model, TensorType, Weight};
@@ -61,30 +61,19 @@ pub(super) fn place(block: &Block<Weight>, level: Level, gpu: Device) -> Place {
 }
 
 /// Bytes and times of one block at one level.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Cell {
     gpu_bytes: u64,
     cpu_bytes: u64,
-    /// Seconds of one token on the GPU and on the CPU; the latter begins `lead` seconds later.
-    decode: [f64; 2],
-    lead: f64,
-    ahead: Ahead,
-    /// Seconds of one prompt batch.
-    prompt: [f64; 2],
+    token: Token,
+    /// Seconds of one prompt batch: of the side that takes longer.
+    prompt: f64,
     /// One prompt batch wholly on the GPU, and the bytes that must be streamed for that; infinite where the
     /// CPU's part cannot be streamed.
     streamed: f64,
     stream_bytes: f64,
     /// Of the GPU's buffers for that.
     staging: StagingBytes,
-}
-
-impl Cell {
-    /// Seconds of one token, where the CPU has waited `waited` seconds when the GPU comes to the block.
-    fn decode_seconds(&self, waited: f64) -> f64 {
-        let cpu = if self.decode[1] > 0.0 { self.lead + self.decode[1] - self.ahead.seconds(waited) } else { 0.0 };
-        self.decode[0].max(cpu)
-    }
 }
 
 /// A placement with its times and bytes.
@@ -159,6 +148,9 @@ pub(super) struct Problem<'a> {
     /// Level (and GPU, where it is named) of the blocks that the user placed.
     fixed: Vec<Option<(Level, Option<usize>)>>,
     tied: bool,
+    /// The probability of each number of a token's experts that the GPU of a shared mixture lacks; `None`: routing is
+    /// uniform.
+    misses: Option<&'a [f64]>,
 }
 
 impl<'a> Problem<'a> {
@@ -189,6 +181,7 @@ impl<'a> Problem<'a> {
             order,
             fixed: vec![None; model.blocks.len()],
             tied: bytes::is_tied(model),
+            misses: None,
         };
         problem.fix()?;
         Ok(problem)
@@ -433,41 +426,32 @@ impl<'a> Tables<'a> {
         let cpu = Rates::Cpu { host: &facts.host, threads: *threads };
         let gpu = order.get(g).map(|&i| Rates::Gpu(&facts.gpus[i]));
         let levels = if gpu.is_some() { max_level(block) } else { 0 };
-        let decode = |n: usize, home: bool| time::work(block, n, home, 1, past, &self.sizes);
+        let rates = |device| if device == Device::Cpu { cpu } else { gpu.expect("levels above 0 only with a GPU") };
         let prompt_seconds = |rates: &Rates, n: usize, home: bool| {
             rates.seconds(&time::work(block, n, home, self.batch_tokens, prompt_past, &self.sizes))
         };
         let whole_on_gpu = gpu.map_or(0.0, |gpu| prompt_seconds(&gpu, n_parts(block), true));
         (0..=levels)
             .map(|level| {
-                let mut cell = Cell { streamed: f64::INFINITY, ..Cell::default() };
                 let place = place(block, level, Device::Cuda(0));
+                let token = Token::new(block, &place, rates, past, &self.sizes, self.problem.misses);
+                let mut cell = Cell { token, streamed: f64::INFINITY, ..Cell::default() };
                 let streamed = if self.sizes.stream { bytes::streamed_share(block, &place, &self.sizes) } else { None };
                 cell.staging = streamed.as_ref().map(StagingBytes::of).unwrap_or_default();
                 for (nth, share) in place.iter().enumerate() {
                     let entries = bytes::share_entries(model, index, &place, nth, &self.sizes);
                     let bytes: u64 = entries.iter().map(|e| e.bytes).sum();
                     let weights = entries.iter().filter(|e| e.pool == bytes::Pool::Weights).map(|e| e.bytes);
-                    let (rates, side) = match share.device {
+                    match share.device {
                         Device::Cpu => {
                             cell.cpu_bytes = bytes;
                             if streamed.is_some() {
                                 (cell.streamed, cell.stream_bytes) = (whole_on_gpu, weights.sum::<u64>() as f64);
                             }
-                            (cpu, 1)
                         }
-                        Device::Cuda(_) => {
-                            cell.gpu_bytes = bytes;
-                            (gpu.expect("levels above 0 only with a GPU"), 0)
-                        }
-                    };
-                    let work = decode(share.part.len(), nth == 0);
-                    cell.decode[side] = rates.seconds(&work);
-                    cell.prompt[side] = prompt_seconds(&rates, share.part.len(), nth == 0);
-                    match nth {
-                        0 => cell.lead = rates.leading_seconds(&work),
-                        _ => cell.ahead = Ahead::new(&rates, block, &work),
+                        Device::Cuda(_) => cell.gpu_bytes = bytes,
                     }
+                    cell.prompt = cell.prompt.max(prompt_seconds(&rates(share.device), share.part.len(), nth == 0));
                 }
                 cell
             })
@@ -483,8 +467,7 @@ impl<'a> Tables<'a> {
     /// Seconds of the whole workload that block `i` takes at `level`, on the first GPU.
     fn block_seconds(&self, i: usize, level: Level) -> f64 {
         let cell = self.cell(0, i, level);
-        let prompt = cell.prompt[0].max(cell.prompt[1]);
-        self.problem.wishes.workload.generate as f64 * cell.decode_seconds(0.0) + self.n_batches * prompt
+        self.problem.wishes.workload.generate as f64 * cell.token.seconds(0.0) + self.n_batches * cell.prompt
     }
 
     /// The orders in which blocks move to the GPU; a move is (block, level reached).
@@ -753,8 +736,7 @@ impl<'a> Tables<'a> {
     fn span(&self, i: usize, level: Level, home: Option<usize>, from: Option<usize>) -> Span {
         let (problem, facts) = (self.problem, self.problem.facts);
         let cell = self.cell(self.position(home), i, level);
-        let computed = cell.prompt[0].max(cell.prompt[1]);
-        let mut span = Span { decode: cell.decode_seconds(0.0), in_place: computed, ..Span::default() };
+        let mut span = Span { decode: cell.token.seconds(0.0), in_place: cell.prompt, ..Span::default() };
         let is_split = level > 0 && level < max_level(&problem.model.blocks[i]);
         let crossing = i > 0 && home != from;
         if let Some(gpu) = home.or(from).map(|g| &facts.gpus[g]).filter(|_| is_split || crossing) {
@@ -770,8 +752,8 @@ impl<'a> Tables<'a> {
                 span.compute = cell.streamed;
                 span.copy = cell.stream_bytes / facts.gpus[gpu].pinned_gb_per_s / 1e9;
             }
-            None if home.is_some() => span.compute = computed,
-            None => span.apart += computed,
+            None if home.is_some() => span.compute = cell.prompt,
+            None => span.apart += cell.prompt,
         }
         span
     }
@@ -796,14 +778,8 @@ impl<'a> Tables<'a> {
             }
             let mut span = self.span(i, level, home, from);
             let cell = self.cell(self.position(home), i, level);
-            match home {
-                None => waiting.cpu(),
-                Some(_) if cell.decode[1] == 0.0 => waiting.gpu(cell.decode[0]),
-                Some(_) => {
-                    let waited = waiting.share(&problem.model.blocks[i], cell.lead);
-                    span.decode -= cell.decode_seconds(0.0) - cell.decode_seconds(waited);
-                }
-            }
+            let waited = waiting.pass(&problem.model.blocks[i], &cell.token);
+            span.decode -= cell.token.seconds(0.0) - cell.token.seconds(waited);
             (all, run) = (all.plus(1.0, span), run.plus(1.0, span));
             from = home;
         }
@@ -843,10 +819,17 @@ impl Runs {
 }
 
 /// Predicted seconds of one token after `workload.prompt` others, and of that prompt, of a plan that was made for
-/// another workload; `None` where `facts` lack a GPU of it.
-pub(super) fn retimed(plan: &Plan, model: &Model, facts: &Machine, workload: Workload) -> Option<(f64, f64)> {
+/// another workload, and where `misses` are known (of a token's experts, see [`Token::new`]); `None` where `facts` lack
+/// a GPU of it.
+pub(super) fn retimed(
+    plan: &Plan,
+    model: &Model,
+    facts: &Machine,
+    workload: Workload,
+    misses: Option<&[f64]>,
+) -> Option<(f64, f64)> {
     let wishes = Wishes { threads: Some(plan.threads), workload, ..Wishes::default() };
-    let problem = Problem::new(model, facts, &wishes).ok()?;
+    let problem = Problem { misses, ..Problem::new(model, facts, &wishes).ok()? };
     let (mut levels, mut gpus) = (Vec::new(), Vec::new());
     for (block, place) in model.blocks.iter().zip(&plan.places) {
         let Device::Cuda(gpu) = place[0].device else {

@@ -173,11 +173,12 @@ impl Plan {
     }
 
     /// Predicted tokens per second on the machine of `facts`: generated after `depth` tokens, and of a prompt of so
-    /// many.
+    /// many. `misses`: of the experts that a token uses in a mixture of both sides, the probability of each number that
+    /// the GPU does not have, from none on (see [`crate::engine::ExpertUses::misses`]); `None`: routing is uniform.
     /// `None` where the machine lacks a GPU of the plan.
-    pub fn rates_at(&self, model: &Model, facts: &Machine, depth: usize) -> Option<(f64, f64)> {
+    pub fn rates_at(&self, model: &Model, facts: &Machine, depth: usize, misses: Option<&[f64]>) -> Option<(f64, f64)> {
         let workload = Workload { prompt: depth, generate: 0 };
-        let (token_s, prompt_s) = choose::retimed(self, model, facts, workload)?;
+        let (token_s, prompt_s) = choose::retimed(self, model, facts, workload, misses)?;
         Some((1.0 / token_s, depth as f64 / prompt_s))
     }
 

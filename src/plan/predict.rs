@@ -2,7 +2,7 @@
 
 use super::bytes::{self, Entry};
 use super::choose::{self, Outcome, Problem};
-use super::time::{self, Ahead, Rates, Waiting};
+use super::time::{self, Rates, Token, Waiting};
 use super::{Device, Limit, Place, Plan};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -142,27 +142,13 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
         });
         let group = &mut groups[at];
         group.n_blocks += 1;
-        let (mut slowest, mut lead) = (0.0f64, 0.0);
+        let token = Token::new(block, place, rates, past, &outcome.sizes, None);
+        let waited = waiting.pass(block, &token);
+        group.token_ms += 1e3 * token.seconds(waited);
+        ahead_ms += 1e3 * token.ahead_seconds(waited);
         for (nth, share) in place.iter().enumerate() {
             let work = |n, past| time::work(block, share.part.len(), nth == 0, n, past, &outcome.sizes);
             let (decode, batch) = (work(1, past), work(prompt, workload.prompt.saturating_sub(prompt) / 2));
-            let rates = rates(share.device);
-            let ms = 1e3 * rates.seconds(&decode);
-            let mut ahead = 0.0;
-            match share.device {
-                Device::Cuda(_) if place.len() == 1 => waiting.gpu(ms * 1e-3),
-                Device::Cuda(_) => {}
-                Device::Cpu if nth == 0 => waiting.cpu(),
-                Device::Cpu => {
-                    let waited = waiting.share(block, lead * 1e-3);
-                    ahead = 1e3 * Ahead::new(&rates, block, &decode).seconds(waited);
-                }
-            }
-            ahead_ms += ahead;
-            slowest = slowest.max(lead + ms - ahead);
-            if nth == 0 {
-                lead = 1e3 * rates.leading_seconds(&decode);
-            }
             let device = match group.devices.iter().position(|d| d.device == share.device) {
                 Some(at) => &mut group.devices[at],
                 None => {
@@ -172,10 +158,9 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
                 }
             };
             device.token_bytes += decode.bytes();
-            device.token_ms += ms;
-            device.prompt_ms += 1e3 * rates.seconds(&batch) / prompt as f64;
+            device.token_ms += 1e3 * token.share_seconds(nth);
+            device.prompt_ms += 1e3 * rates(share.device).seconds(&batch) / prompt as f64;
         }
-        group.token_ms += slowest;
     }
     let in_blocks: f64 = groups.iter().map(|g| g.token_ms).sum();
     let token_ms = 1e3 * outcome.decode_s;

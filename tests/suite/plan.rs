@@ -215,7 +215,7 @@ fn gpu_predictions_are_those_measured() {
             Wishes { n_ctx: Some(16640), place: rules(&["*=cuda0"]), n_batch: Some(2048), ..Wishes::default() };
         let made = make(&model, &facts, &wishes);
         for &(depth, rate) in rates {
-            let predicted = made.rates_at(&model, &facts, depth).unwrap().0;
+            let predicted = made.rates_at(&model, &facts, depth, None).unwrap().0;
             println!(
                 "{} at {depth}: {predicted:.1}, measured {rate}: {:+.1} %",
                 shape.name,
@@ -225,7 +225,7 @@ fn gpu_predictions_are_those_measured() {
                 wrong.push(format!("{} at {depth}: {predicted:.1}, measured {rate}", shape.name));
             }
         }
-        let predicted = made.rates_at(&model, &facts, 2048).unwrap().1;
+        let predicted = made.rates_at(&model, &facts, 2048, None).unwrap().1;
         println!(
             "{} prompt: {predicted:.0}, measured {prompt}: {:+.1} %",
             shape.name,
@@ -333,7 +333,7 @@ fn short_prompts_are_not_predicted_as_streamed() {
     assert!(!plan(15).prediction.prompt_streams);
     let streaming = plan(512);
     assert_eq!(streaming.stream_from, Some(16));
-    let seconds = |n: usize| n as f64 / streaming.rates_at(&model, &facts, n).unwrap().1;
+    let seconds = |n: usize| n as f64 / streaming.rates_at(&model, &facts, n, None).unwrap().1;
     assert!(seconds(15) > seconds(16), "{} and {}", seconds(15), seconds(16));
 }
 
