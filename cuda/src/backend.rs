@@ -16,7 +16,7 @@ use crate::layout::{self, ExpertSlot};
 use crate::moe::MoeOp;
 use crate::ops::{Constants, DeviceWeight, Embed, LOGIT_ROWS, Linker, Options, Row, Run, StateLayout, Step};
 use crate::prompt::{Products, Prompt, Tables};
-use crate::stream::{self, Parts, StreamLayout, Streamed, Streamer};
+use crate::stream::{self, Event, Parts, StreamLayout, Streamed, Streamer};
 use crate::upload;
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
@@ -685,6 +685,7 @@ impl Backend {
             self.device.write_host(step.begun, i as u32)?;
             if let Op::Head(head) = &self.ops[i] {
                 assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
+                self.sleep_meanwhile(n_tasks, &step)?;
                 for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
                     let (first, n) = (c * LOGIT_ROWS, out.len() / head.n_vocab);
                     match &self.blocks[i].0 {
@@ -710,9 +711,21 @@ impl Backend {
         }
         if !ends_there {
             assert_eq!(x.len(), n * self.n_embd, "residual stream");
+            self.sleep_meanwhile(n_tasks, &step)?;
             state.arena.read(x_range, x)?;
         }
         self.end_meetings(state, n_tasks)
+    }
+
+    /// Waits for what is queued. Where it is a prompt with `n_tasks` for the CPU workers the thread sleeps: each of them
+    /// has a core, and the one on whose core this thread spins would keep all others waiting.
+    fn sleep_meanwhile(&self, n_tasks: usize, step: &Step) -> Result<(), Error> {
+        if n_tasks == 0 || !step.has_long_runs {
+            return Ok(());
+        }
+        let done = Event::asleep()?;
+        done.record(self.device.stream())?;
+        done.wait()
     }
 
     /// Queues the blocks that the CPU workers run before block `i`.

@@ -318,6 +318,16 @@ impl Event {
         Ok(Self(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("creating an event")?))
     }
 
+    /// One whose waiters sleep: others need their cores.
+    pub fn asleep() -> Result<Self, Error> {
+        let flags =
+            sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: the driver writes the event.
+        unsafe { sys::cuEventCreate(&mut event, flags) }.result().during("creating an event")?;
+        Ok(Self(event))
+    }
+
     /// Marks what `stream` has been given so far.
     pub fn record(&self, stream: sys::CUstream) -> Result<(), Error> {
         // SAFETY: both are alive.
