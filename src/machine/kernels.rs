@@ -134,7 +134,10 @@ pub(super) fn experts(test: Test) -> Result<Vec<(f64, f64)>, Error> {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
         let desk = Desk { memory, ids: &ids[..n_tokens * N_USED], n_kinds };
         mean_seconds(types.len(), whole, &mut |i| {
-            let tasks = vec![Task { blocks: i..i + 1, is_share: true }; n_tasks];
+            let tasks = match i {
+                Some(i) => vec![Task { blocks: i..i + 1, is_share: true }; n_tasks],
+                None => vec![Task { blocks: 0..0, is_share: false }],
+            };
             backend.serve(&tasks, &batch, &mut state, &desk, &mut []).map(|_| ())
         })
     };
@@ -149,19 +152,26 @@ pub(super) fn experts(test: Test) -> Result<Vec<(f64, f64)>, Error> {
 }
 
 /// Of `n` things that `run` does, the mean seconds of each: they take turns for `whole` seconds in all, after a round
-/// that warms up.
-fn mean_seconds(n: usize, whole: f64, run: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<Vec<f64>, Error> {
-    (0..n).try_for_each(&mut *run)?;
-    let (mut sums, mut n_rounds, begin) = (vec![0.0; n], 0.0, Instant::now());
+/// that warms up. What a step takes that does nothing (`None`), waking the workers, is no part of them: a token has that
+/// once.
+fn mean_seconds(
+    n: usize,
+    whole: f64,
+    run: &mut dyn FnMut(Option<usize>) -> Result<(), Error>,
+) -> Result<Vec<f64>, Error> {
+    let things = || (0..n).map(Some).chain([None]);
+    things().try_for_each(&mut *run)?;
+    let (mut sums, mut n_rounds, begin) = (vec![0.0; n + 1], 0.0, Instant::now());
     while n_rounds < 1.0 || begin.elapsed().as_secs_f64() < whole {
-        for (i, sum) in sums.iter_mut().enumerate() {
+        for (thing, sum) in things().zip(&mut sums) {
             let start = Instant::now();
-            run(i)?;
+            run(thing)?;
             *sum += start.elapsed().as_secs_f64();
         }
         n_rounds += 1.0;
     }
-    Ok(sums.into_iter().map(|sum| sum / n_rounds).collect())
+    let nothing = sums.pop().expect("one more than `n`");
+    Ok(sums.into_iter().map(|sum| (sum - nothing).max(sum / 2.0) / n_rounds).collect())
 }
 
 /// The other side of a step of mixtures, always ready. A token of kind `i` is about experts `i`, `i + n_kinds` and so
@@ -249,8 +259,8 @@ impl Blocks {
     fn seconds(&mut self, n_blocks: usize, n_tokens: usize, whole: f64) -> Result<Vec<f64>, Error> {
         let batch = Batch::single(0, 0, &vec![0; n_tokens], false);
         mean_seconds(self.n_bytes.len(), whole, &mut |i| {
-            let first = i * self.n_blocks;
-            self.backend.run(first..first + n_blocks, &batch, &mut self.state, &mut self.x, &mut [])
+            let blocks = i.map_or(0..0, |i| i * self.n_blocks..i * self.n_blocks + n_blocks);
+            self.backend.run(blocks, &batch, &mut self.state, &mut self.x, &mut [])
         })
     }
 

@@ -784,14 +784,9 @@ impl<'a> Tables<'a> {
             from = home;
         }
         streamed += run.streamed();
-        let mut decode = all.decode;
-        if any_gpu {
-            decode += Rates::Gpu(&facts.gpus[problem.order[0]]).fixed_seconds(problem.model.n_vocab);
-        }
-        if levels[levels.len() - 1] == 0 {
-            let cpu = Rates::Cpu { host: &facts.host, threads: problem.threads };
-            decode += cpu.fixed_seconds(problem.model.n_vocab);
-        }
+        let gpu = if any_gpu { Some(&facts.gpus[problem.order[0]]) } else { None };
+        let n_vocab = if levels[levels.len() - 1] == 0 { problem.model.n_vocab } else { 0 };
+        let decode = all.decode + time::fixed_seconds(gpu, n_vocab);
         let can_stream = all.copy > 0.0 && self.batch_tokens >= bytes::PROMPT_FROM;
         let streamed = if can_stream { streamed } else { f64::INFINITY };
         Times { decode, in_place: all.in_place, streamed }

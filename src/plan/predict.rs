@@ -165,10 +165,9 @@ fn predict(problem: &Problem, outcome: &Outcome, places: &[Place], account: &[En
     let in_blocks: f64 = groups.iter().map(|g| g.token_ms).sum();
     let token_ms = 1e3 * outcome.decode_s;
     let head_home = places.last().map_or(Device::Cpu, |p| p[0].device);
-    let gpus = account.iter().find(|e| e.device != Device::Cpu).map(|e| e.device);
-    let fixed_s = gpus.map_or(0.0, |_| rates(Device::Cuda(problem.first_gpu())).fixed_seconds(model.n_vocab))
-        + if head_home == Device::Cpu { rates(Device::Cpu).fixed_seconds(model.n_vocab) } else { 0.0 };
-    let fixed_ms = 1e3 * fixed_s;
+    let any_gpu = account.iter().any(|e| e.device != Device::Cpu);
+    let gpu = if any_gpu { Some(&facts.gpus[problem.first_gpu()]) } else { None };
+    let fixed_ms = 1e3 * time::fixed_seconds(gpu, if head_home == Device::Cpu { model.n_vocab } else { 0 });
     Prediction {
         prompt_tok_s: if workload.prompt == 0 { 0.0 } else { workload.prompt as f64 / outcome.prompt_s },
         generate_tok_s: 1.0 / outcome.decode_s,

@@ -19,6 +19,8 @@ const CPU_GEMV_SHARE: f64 = 0.92;
 /// The beginning of a matrix-vector product on the CPU, where memory is slow: the large matrices that rates are
 /// measured with hide it, and rates of experts contain it. Microseconds.
 const CPU_BEGIN_US: f64 = 7.0;
+/// The beginning and the end of a step of the CPU: waking its workers, and who waits for them. Microseconds.
+const CPU_WAKE_US: f64 = 90.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
 /// Tokens of an expert at which the CPU multiplies half as fast as with many, where that was not measured on the
@@ -560,12 +562,11 @@ impl Rates<'_> {
             _ => 0.0,
         }
     }
+}
 
-    /// Seconds of one step outside its blocks.
-    pub fn fixed_seconds(&self, n_vocab: usize) -> f64 {
-        1e-6 * match self {
-            Rates::Gpu(gpu) => gpu.launch_us + GPU_STEP_US,
-            Rates::Cpu { .. } => n_vocab as f64 / 1000.0 * CPU_SAMPLE_US_PER_1000,
-        }
-    }
+/// Seconds of one token outside its blocks. `gpu`: the one that begins the step, which the workers wake beside;
+/// `n_vocab`: of logits from which the host chooses, 0 where a GPU does.
+pub(super) fn fixed_seconds(gpu: Option<&Gpu>, n_vocab: usize) -> f64 {
+    let begin = gpu.map_or(CPU_WAKE_US, |gpu| gpu.launch_us + GPU_STEP_US);
+    1e-6 * (begin + n_vocab as f64 / 1000.0 * CPU_SAMPLE_US_PER_1000)
 }
