@@ -1,7 +1,6 @@
 //! The worker pool: one rayon broadcast runs a function on every worker, and inside it the workers meet at
 //! barriers and share out the pieces of a stage. Owns the threads and the meeting points; knows nothing of blocks.
 
-use core_affinity::CoreId;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::any::Any;
 use std::cell::Cell;
@@ -14,25 +13,52 @@ use std::sync::{Mutex, PoisonError};
 /// of a stage usually differ, shorter than what a preempted worker would lose.
 const SPINS: u32 = 1000;
 
-/// A core for each of `n_workers` threads, if so many are there for this process, or none: the scheduler may leave two
-/// workers on one core for many milliseconds, in which all others wait for them at every barrier. Fewer workers than
-/// cores stay free, lest two programs meet on the same ones.
-fn cores_of(n_workers: usize) -> Vec<CoreId> {
-    let mut cores = core_affinity::get_core_ids().unwrap_or_default();
-    cores.retain(is_first_of_core);
-    if cores.len() == n_workers { cores } else { Vec::new() }
+/// Cores for workers: without them the scheduler may leave two on one core for many milliseconds, in which all others
+/// wait for them at every barrier. Elsewhere than on Linux workers run where it puts them.
+#[cfg(target_os = "linux")]
+mod cores {
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+
+    /// The hardware threads of a core each, if this process may use as many cores as there are workers. Fewer workers
+    /// stay free, lest two programs meet on the same cores.
+    pub fn of_workers(n_workers: usize) -> Vec<CpuSet> {
+        let Ok(allowed) = sched_getaffinity(Pid::from_raw(0)) else { return Vec::new() };
+        let allowed = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+        let siblings = |cpu: usize| {
+            let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+            std::fs::read_to_string(path).unwrap_or_else(|_| cpu.to_string())
+        };
+        let cores = by_core(allowed.map(|cpu| (cpu, siblings(cpu))));
+        if cores.len() == n_workers { cores } else { Vec::new() }
+    }
+
+    /// Hardware threads by core: those of one core have the same siblings.
+    pub fn by_core(cpus: impl Iterator<Item = (usize, String)>) -> Vec<CpuSet> {
+        let mut cores: Vec<(String, CpuSet)> = Vec::new();
+        for (cpu, siblings) in cpus {
+            let at = cores.iter().position(|(known, _)| *known == siblings).unwrap_or_else(|| {
+                cores.push((siblings, CpuSet::new()));
+                cores.len() - 1
+            });
+            let _ = cores[at].1.set(cpu); // of a set, so within the bounds of one
+        }
+        cores.into_iter().map(|(_, core)| core).collect()
+    }
+
+    /// Keeps this thread on `core`; where that is refused, it runs anywhere.
+    pub fn stay_on(core: &CpuSet) {
+        let _ = sched_setaffinity(Pid::from_raw(0), core);
+    }
 }
 
-/// Whether `cpu` is the first of the hardware threads of its core, as far as the system tells.
-fn is_first_of_core(cpu: &CoreId) -> bool {
-    let path = format!("/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list", cpu.id);
-    let Ok(siblings) = std::fs::read_to_string(path) else { return true };
-    siblings
-        .trim()
-        .split([',', '-'])
-        .next()
-        .and_then(|first| first.parse().ok())
-        .is_none_or(|first: usize| first == cpu.id)
+#[cfg(not(target_os = "linux"))]
+mod cores {
+    pub fn of_workers(_: usize) -> Vec<()> {
+        Vec::new()
+    }
+
+    pub fn stay_on(_: &()) {}
 }
 
 /// Threads that run one function together.
@@ -45,16 +71,11 @@ pub(crate) struct Pool {
 impl Pool {
     /// A pool of `n_workers` threads, at least 1.
     pub fn new(n_workers: usize) -> Result<Self, ThreadPoolBuildError> {
-        let cores = cores_of(n_workers);
-        let pin = move |worker: usize| {
-            if let Some(core) = cores.get(worker) {
-                core_affinity::set_for_current(*core); // or else it runs where the scheduler puts it
-            }
-        };
+        let cores = cores::of_workers(n_workers);
         let threads = ThreadPoolBuilder::new()
             .num_threads(n_workers.max(1))
             .thread_name(|i| format!("tandem-cpu-{i}"))
-            .start_handler(pin)
+            .start_handler(move |i| cores.get(i).into_iter().for_each(cores::stay_on))
             .build()?;
         Ok(Self { threads, running: Mutex::new(()) })
     }
@@ -214,6 +235,18 @@ mod tests {
             });
             assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) == 200));
         }
+    }
+
+    /// Two cores of two hardware threads, and one of which only one may be used: a worker may use both of its core.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn hardware_threads_belong_to_cores() {
+        let cpus = [(0, "0,4"), (1, "1,5"), (4, "0,4"), (5, "1,5"), (6, "2,6")];
+        let cores = cores::by_core(cpus.into_iter().map(|(cpu, siblings)| (cpu, siblings.to_owned())));
+        let of = |core: &nix::sched::CpuSet| (0..8).filter(|cpu| core.is_set(*cpu).unwrap()).collect::<Vec<_>>();
+        assert_eq!(cores.iter().map(of).collect::<Vec<_>>(), [vec![0, 4], vec![1, 5], vec![6]]);
+        let n = std::thread::available_parallelism().unwrap().get();
+        assert!(cores::of_workers(n + 1).is_empty(), "more workers than cores stay free");
     }
 
     /// Shares cover everything once.

@@ -685,7 +685,7 @@ impl Backend {
             self.device.write_host(step.begun, i as u32)?;
             if let Op::Head(head) = &self.ops[i] {
                 assert_eq!(logits.len(), wanted.len() * head.n_vocab, "logits");
-                self.sleep_meanwhile(n_tasks, &step)?;
+                self.sleep_meanwhile(n_tasks)?;
                 for (c, out) in logits.chunks_mut(LOGIT_ROWS * head.n_vocab).enumerate() {
                     let (first, n) = (c * LOGIT_ROWS, out.len() / head.n_vocab);
                     match &self.blocks[i].0 {
@@ -709,18 +709,18 @@ impl Backend {
         if range.end == self.ops.len() {
             self.meet(state, &step, range.end)?;
         }
+        self.sleep_meanwhile(n_tasks)?;
         if !ends_there {
             assert_eq!(x.len(), n * self.n_embd, "residual stream");
-            self.sleep_meanwhile(n_tasks, &step)?;
             state.arena.read(x_range, x)?;
         }
         self.end_meetings(state, n_tasks)
     }
 
-    /// Waits for what is queued. Where it is a prompt with `n_tasks` for the CPU workers the thread sleeps: each of them
-    /// has a core, and the one on whose core this thread spins would keep all others waiting.
-    fn sleep_meanwhile(&self, n_tasks: usize, step: &Step) -> Result<(), Error> {
-        if n_tasks == 0 || !step.has_long_runs {
+    /// Waits for what is queued, asleep, where CPU workers have `n_tasks` of it: they have all cores, and the one whose
+    /// core this thread spins on would keep the others waiting.
+    fn sleep_meanwhile(&self, n_tasks: usize) -> Result<(), Error> {
+        if n_tasks == 0 {
             return Ok(());
         }
         let done = Event::asleep()?;

@@ -315,14 +315,17 @@ pub(crate) struct Event(pub sys::CUevent);
 
 impl Event {
     pub fn new() -> Result<Self, Error> {
-        Ok(Self(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).during("creating an event")?))
+        Self::with(0)
     }
 
     /// One whose waiters sleep: others need their cores.
     pub fn asleep() -> Result<Self, Error> {
-        let flags =
-            sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        Self::with(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32)
+    }
+
+    fn with(flags: u32) -> Result<Self, Error> {
         let mut event = std::ptr::null_mut();
+        let flags = flags | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: the driver writes the event.
         unsafe { sys::cuEventCreate(&mut event, flags) }.result().during("creating an event")?;
         Ok(Self(event))

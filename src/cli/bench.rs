@@ -46,7 +46,7 @@ pub struct BenchArgs {
 }
 
 /// One line of the table: a length at a depth, and the rate of every repetition in tokens per second.
-#[derive(serde::Serialize)]
+#[derive(Default, serde::Serialize)]
 struct Row {
     test: String,
     depth: usize,
@@ -290,19 +290,7 @@ impl Row {
         let median = median(&rates);
         let test = format!("{kind}{n}");
         let rates_at = |depth| engine.plan().rates_at(engine.model(), &loaded.machine, depth, None);
-        let row = Self {
-            test,
-            depth,
-            tokens: n,
-            rates,
-            median,
-            predicted: None,
-            read: None,
-            gpu_busy: None,
-            handoff: None,
-            experts_on_gpu: None,
-            predicted_for_routing: None,
-        };
+        let row = Self { test, depth, tokens: n, rates, median, ..Self::default() };
         if kind == "pp" {
             return Self { predicted: rates_at(n).map(|r| r.1).filter(|_| depth == 0), ..row };
         }

@@ -46,7 +46,7 @@ pub(super) struct Layer {
     is_here: Vec<bool>,
 }
 
-/// Uses of experts of mixtures that a GPU shares with the CPU, in steps of single tokens.
+/// Uses of experts in steps of a token for each sequence, of mixtures of which a GPU and the CPU have experts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpertUses {
     /// How often `k` of the experts that a token used in a mixture were not on the GPU, for each `k` from 0 to all.
@@ -127,12 +127,13 @@ impl Experts {
     pub fn note(&mut self, block: usize, ids: &[u32], n_tokens: usize, is_decode: bool) {
         let use_counts = self.use_counts(n_tokens);
         let Some(layer) = self.layers.iter_mut().find(|l| l.block == block) else { return };
+        let is_use = is_decode && !layer.slots.is_empty();
         for id in ids {
             if let Some(count) = layer.counts.get_mut((id & !ELSEWHERE) as usize) {
                 *count += use_counts;
             }
         }
-        if is_decode {
+        if is_use {
             ids.chunks_exact(ids.len() / n_tokens).for_each(|ids| self.uses.note(ids));
         }
     }

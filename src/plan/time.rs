@@ -3,7 +3,7 @@
 //! at the measured bandwidth and what no bandwidth shortens: the start of a kernel, the tail of its last blocks,
 //! chains of dependent loads; a prompt takes its products at the measured rate of the tensor cores. Shares of a block
 //! run at the same time, blocks one after the other:
-//! `T = T_fixed + sum over blocks of max over devices + hand-offs`.
+//! `T = T_fixed + sum over blocks of max over devices + hand-offs`, of a shared mixture the mean of the maxima ([`Token`]).
 //!
 //! Rates are facts of the machine. The constants here are facts of our kernels, measured on an H200 (`cargo bench -p
 //! tandem-cuda --bench decode` and `prompt`: time of each kind of block of five models); none belongs to a model.
@@ -19,7 +19,8 @@ const CPU_GEMV_SHARE: f64 = 0.92;
 /// The beginning of a matrix-vector product on the CPU, where memory is slow: the large matrices that rates are
 /// measured with hide it, and rates of experts contain it. Microseconds.
 const CPU_BEGIN_US: f64 = 7.0;
-/// The beginning and the end of a step of the CPU: waking its workers, and who waits for them. Microseconds.
+/// The beginning and the end of a step of the CPU: waking its workers, and who waits for them. Microseconds, of two
+/// workers; a hundredth of a token at most, but for the smallest models.
 const CPU_WAKE_US: f64 = 90.0;
 /// Sampling and bookkeeping of one token on the CPU, microseconds per 1000 vocabulary entries.
 const CPU_SAMPLE_US_PER_1000: f64 = 0.5;
@@ -245,9 +246,10 @@ pub(super) fn work(block: &Block<Weight>, n: usize, home: bool, n_tokens: usize,
 
 impl Work {
     /// The same about `share` of the routed experts.
-    fn of_experts(mut self, share: f64) -> Self {
-        self.products.iter_mut().filter(|p| p.is_stack).for_each(|p| p.weights *= share);
-        self
+    fn of_experts(&self, share: f64) -> Self {
+        let mut work = self.clone();
+        work.products.iter_mut().filter(|p| p.is_stack).for_each(|p| p.weights *= share);
+        work
     }
 
     /// Bytes moved.
@@ -345,9 +347,12 @@ struct Case {
     ahead: Ahead,
 }
 
+/// Cases that are as rare as this are left out.
+const RARE: f64 = 1e-5;
+
 impl Token {
     /// In `block`, placed at `place`, behind `n_past` others. `misses`: the probability of each number of experts that
-    /// the GPU lacks, from none on; `None`: routing is uniform.
+    /// the GPU of a shared mixture lacks, from none to all that a token uses; `None`: routing is uniform.
     pub fn new<'a>(
         block: &Block<Weight>,
         place: &[Share],
@@ -356,35 +361,45 @@ impl Token {
         sizes: &Sizes,
         misses: Option<&[f64]>,
     ) -> Self {
-        let (home, other) = (&place[0], place.get(1));
-        let case = |probability, at_home: Work, elsewhere: Option<Work>| Case {
-            probability,
-            seconds: [
-                rates(home.device).seconds(&at_home),
-                elsewhere.as_ref().zip(other).map_or(0.0, |(work, share)| rates(share.device).seconds(work)),
-            ],
-            ahead: elsewhere
-                .zip(other)
-                .map_or(Ahead::default(), |(work, s)| Ahead::new(&rates(s.device), block, &work)),
-        };
+        let home = &place[0];
         let part = |n: usize, is_home: bool| work(block, n, is_home, 1, n_past, sizes);
-        let cases = match block {
-            Block::Moe(b) if other.is_some() && !home.part.is_empty() => {
-                let (n, n_used) = (b.shape.n_experts, b.shape.n_used);
-                let uniform = || uniform_misses(n, n - home.part.len(), n_used);
-                let misses = misses.filter(|m| m.len() == n_used + 1).map_or_else(uniform, <[f64]>::to_vec);
-                let used = |k: usize, is_home: bool| part(n, is_home).of_experts(k as f64 / n_used as f64);
-                let cases = misses.iter().enumerate();
-                cases.map(|(k, &p)| case(p, used(n_used - k, true), Some(used(k, false)))).collect()
-            }
-            _ => vec![case(1.0, part(home.part.len(), true), other.map(|s| part(s.part.len(), false)))],
-        };
-        Self {
-            cases,
-            lead: rates(home.device).leading_seconds(&part(home.part.len(), true)),
+        let at_home = part(home.part.len(), true);
+        let mut token = Self {
+            lead: rates(home.device).leading_seconds(&at_home),
             is_at_home_on_gpu: home.device != Device::Cpu,
-            is_shared: other.is_some(),
+            is_shared: place.len() > 1,
+            cases: Vec::new(),
+        };
+        let Some(other) = place.get(1) else {
+            let seconds = [rates(home.device).seconds(&at_home), 0.0];
+            token.cases.push(Case { probability: 1.0, seconds, ahead: Ahead::default() });
+            return token;
+        };
+        let case = |probability: f64, at_home: &Work, elsewhere: &Work| Case {
+            probability,
+            seconds: [rates(home.device).seconds(at_home), rates(other.device).seconds(elsewhere)],
+            ahead: Ahead::new(&rates(other.device), block, elsewhere),
+        };
+        match block {
+            Block::Moe(b) if !home.part.is_empty() => {
+                let (n, n_used) = (b.shape.n_experts, b.shape.n_used);
+                let misses = match misses {
+                    Some(misses) => {
+                        assert_eq!(misses.len(), n_used + 1, "of none to all experts of a token");
+                        misses.iter().copied().enumerate().collect()
+                    }
+                    None => uniform_misses(n, other.part.len(), n_used),
+                };
+                let (at_home, elsewhere) = (part(n, true), part(n, false));
+                let share = |k: usize| k as f64 / n_used as f64;
+                let cases = misses.into_iter().filter(|(_, p)| *p > RARE);
+                let cases = cases
+                    .map(|(k, p)| case(p, &at_home.of_experts(share(n_used - k)), &elsewhere.of_experts(share(k))));
+                token.cases = cases.collect();
+            }
+            _ => token.cases.push(case(1.0, &at_home, &part(other.part.len(), false))),
         }
+        token
     }
 
     fn mean(&self, seconds: impl Fn(&Case) -> f64) -> f64 {
@@ -410,18 +425,30 @@ impl Token {
     }
 }
 
-/// The probability of each number of `n_cpu` of `n` experts among `n_used` different ones of equal probability.
-fn uniform_misses(n: usize, n_cpu: usize, n_used: usize) -> Vec<f64> {
-    let mut misses = vec![1.0];
-    for drawn in 0..n_used {
-        let mut next = vec![0.0; misses.len() + 1];
-        for (k, p) in misses.into_iter().enumerate() {
-            let is_cpu = n_cpu.saturating_sub(k) as f64 / (n - drawn) as f64;
-            next[k] += p * (1.0 - is_cpu);
-            next[k + 1] += p * is_cpu;
-        }
-        misses = next;
+/// How many of `n_used` different ones of `n` experts, all equally probable, are among `n_cpu` of them, and how probably:
+/// the hypergeometric distribution, without what is rare.
+fn uniform_misses(n: usize, n_cpu: usize, n_used: usize) -> Vec<(usize, f64)> {
+    let (least, most) = ((n_used + n_cpu).saturating_sub(n), n_used.min(n_cpu));
+    let likeliest = ((n_used + 1) * (n_cpu + 1) / (n + 2)).clamp(least, most);
+    // From `k` to `k + 1`.
+    let ratio = |k: usize| {
+        let (more, fewer) = ((n_cpu - k) * (n_used - k), (k + 1) * (n + k + 1 - n_cpu - n_used));
+        more as f64 / fewer as f64
+    };
+    let mut misses = vec![(likeliest, 1.0)];
+    let mut weight = 1.0;
+    for k in likeliest..most {
+        weight *= ratio(k);
+        misses.push((k + 1, weight));
     }
+    weight = 1.0;
+    for k in (least..likeliest).rev() {
+        weight /= ratio(k);
+        misses.push((k, weight));
+    }
+    misses.retain(|(_, weight)| *weight > RARE);
+    let all: f64 = misses.iter().map(|(_, weight)| weight).sum();
+    misses.iter_mut().for_each(|(_, weight)| *weight /= all);
     misses
 }
 
@@ -564,9 +591,38 @@ impl Rates<'_> {
     }
 }
 
-/// Seconds of one token outside its blocks. `gpu`: the one that begins the step, which the workers wake beside;
-/// `n_vocab`: of logits from which the host chooses, 0 where a GPU does.
+/// Seconds of one token outside its blocks. `gpu`: the one that begins the step, and workers wake meanwhile; `n_vocab`: of logits from which the host chooses, 0 where a GPU does.
 pub(super) fn fixed_seconds(gpu: Option<&Gpu>, n_vocab: usize) -> f64 {
     let begin = gpu.map_or(CPU_WAKE_US, |gpu| gpu.launch_us + GPU_STEP_US);
     1e-6 * (begin + n_vocab as f64 / 1000.0 * CPU_SAMPLE_US_PER_1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against drawing one expert after the other.
+    #[test]
+    fn misses_of_uniform_routing() {
+        for (n, n_cpu, n_used) in
+            [(256usize, 102usize, 8), (256, 255, 8), (8, 3, 8), (8, 0, 2), (8, 8, 2), (60, 7, 10), (1024, 700, 64)]
+        {
+            let mut expected = vec![1.0];
+            for drawn in 0..n_used {
+                let mut next = vec![0.0; expected.len() + 1];
+                for (k, p) in expected.into_iter().enumerate() {
+                    let is_cpu = n_cpu.saturating_sub(k) as f64 / (n - drawn) as f64;
+                    next[k] += p * (1.0 - is_cpu);
+                    next[k + 1] += p * is_cpu;
+                }
+                expected = next;
+            }
+            let misses = uniform_misses(n, n_cpu, n_used);
+            assert!((misses.iter().map(|(_, p)| p).sum::<f64>() - 1.0).abs() < 1e-12);
+            for (k, expected) in expected.into_iter().enumerate() {
+                let p = misses.iter().find(|(n, _)| *n == k).map_or(0.0, |(_, p)| *p);
+                assert!((p - expected).abs() < 2e-4, "{n_cpu} of {n}, {n_used} used, {k}: {p}, expected {expected}");
+            }
+        }
+    }
 }

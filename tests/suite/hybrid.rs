@@ -293,11 +293,11 @@ fn hot_experts_come_to_the_gpu() {
             (1..tokens.len()).for_each(|n| {
                 session.feed(&tokens[..n], &|| false).unwrap();
             });
-            session.expert_uses()
+            session.expert_uses().share().expect("experts were used")
         };
         let (cached, fixed) = (uses(true), uses(false));
         println!("{}: {cached:?}, fixed {fixed:?}", golden.name);
-        assert!(cached.share() > fixed.share(), "{}: {cached:?}, fixed {fixed:?}", golden.name);
+        assert!(cached > fixed, "{}: {cached:?}, fixed {fixed:?}", golden.name);
         n_checked += 1;
     }
     assert!(n_checked > 0);

@@ -337,6 +337,32 @@ fn short_prompts_are_not_predicted_as_streamed() {
     assert!(seconds(15) > seconds(16), "{} and {}", seconds(15), seconds(16));
 }
 
+/// The rate for a routing: between those where a GPU has all experts of every token and none, and for uniform routing
+/// that of the plan.
+#[test]
+fn rates_follow_the_routing() {
+    let facts = known("h200+server-16c-128gb");
+    let model = shapes::model(&shapes::QWEN35_35B, Mix::Q4KM);
+    let place = rules(&["blk.*.moe=cuda0:50%"]);
+    let plan = make(&model, &facts, &Wishes { place, ..Wishes::default() });
+    let rate = |misses: Option<&[f64]>| plan.rates_at(&model, &facts, 512, misses).unwrap().0;
+    let n_used = 8;
+    let mut uniform = vec![1.0];
+    for drawn in 0..n_used {
+        let is_cpu = |k: usize| (128.0 - k as f64) / (256.0 - drawn as f64);
+        let at = |k: Option<usize>| k.and_then(|k| uniform.get(k)).copied().unwrap_or(0.0);
+        let after = |k: usize| match k.checked_sub(1) {
+            Some(fewer) => at(Some(fewer)) * is_cpu(fewer) + at(Some(k)) * (1.0 - is_cpu(k)),
+            None => at(Some(0)) * (1.0 - is_cpu(0)),
+        };
+        uniform = (0..=drawn + 1).map(after).collect();
+    }
+    let only = |k: usize| (0..=n_used).map(|i| if i == k { 1.0 } else { 0.0 }).collect::<Vec<_>>();
+    assert!((rate(Some(&uniform)) / rate(None) - 1.0).abs() < 1e-3, "{} and {}", rate(Some(&uniform)), rate(None));
+    let (hits, half, misses) = (rate(Some(&only(0))), rate(Some(&only(4))), rate(Some(&only(8))));
+    assert!(hits > half && half > rate(None) && rate(None) > misses, "{hits}, {half}, {}, {misses}", rate(None));
+}
+
 fn any_shape() -> impl Strategy<Value = Shape> {
     let dense = (1usize..40).prop_map(|n| (64 * n, (0, 0, 0)));
     let moe = (2usize..40, 1usize..8, 1usize..4).prop_map(|(n, used, ff)| (0, (n, used.min(n), 32 * ff)));
