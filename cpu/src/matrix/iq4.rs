@@ -48,6 +48,10 @@ impl Quant for Iq4Xs {
     unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Decoded<S> {
         // SAFETY: as the trait asks.
         unsafe {
+            if k == 0 {
+                // The rest of the scales.
+                S::prefetch_behind(p.add(4 * S::LANES));
+            }
             let low = S::shr16(S::load_u8(p.add((4 + k / 2) * S::LANES)), 4 * (k as u32 % 2));
             let high = S::and(S::shr16(S::load_u16(p.add(2 * S::LANES)), 2 * k as u32), S::splat_i32(3));
             let scale = S::or(S::and(low, S::splat_i32(15)), S::shl16(high, 4));

@@ -2,7 +2,7 @@
 //! bit i the fifth bit of column i; qs `[4, R, 4]`, column `4 i + j` in the low nibble of `[i, _, j]`, column
 //! `16 + 4 i + j` in the high one.
 
-use super::kernel::{Decoded, Quant, Unsigned};
+use super::kernel::{Decoded, Quant, Unsigned, load_and_prefetch};
 use super::simd::Simd;
 
 /// The 32 four-bit codes at `qs` `[4, R, 4]`.
@@ -13,7 +13,7 @@ pub(super) unsafe fn nibbles<S: Simd>(qs: *const u8) -> [S::V; 8] {
         let mask = S::splat_u8(15);
         let mut w = [mask; 8];
         for i in 0..4 {
-            let v = S::load(qs.add(i * 4 * S::LANES));
+            let v = load_and_prefetch::<S>(qs, i);
             w[i] = S::and(v, mask);
             w[i + 4] = S::and(S::shr16(v, 4), mask);
         }
@@ -26,7 +26,7 @@ pub(super) unsafe fn nibbles<S: Simd>(qs: *const u8) -> [S::V; 8] {
 unsafe fn nibbles_and_fifth<S: Simd>(qh: *const u8, qs: *const u8) -> [S::V; 8] {
     // SAFETY: the caller has the instruction set and the bytes.
     unsafe {
-        let (mut w, bits) = (nibbles::<S>(qs), S::load(qh));
+        let (mut w, bits) = (nibbles::<S>(qs), load_and_prefetch::<S>(qh, 0));
         for g in 0..8 {
             w[g] = S::or(w[g], S::fifth_bits(bits, g));
         }

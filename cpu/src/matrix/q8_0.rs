@@ -1,6 +1,6 @@
 //! Q8_0: blocks of 32. Packed: d `[R]` f16; codes `[8, R, 4]` i8.
 
-use super::kernel::{Decoded, Quant, Signed};
+use super::kernel::{Decoded, Quant, Signed, load_and_prefetch};
 use super::simd::Simd;
 
 pub(super) struct Q8_0;
@@ -16,7 +16,7 @@ impl Quant for Q8_0 {
         unsafe {
             let mut w = [S::splat_u8(0); 8];
             for g in 0..8 {
-                w[g] = S::load(p.add((2 + 4 * g) * S::LANES));
+                w[g] = load_and_prefetch::<S>(p.add(2 * S::LANES), g);
             }
             Decoded::without_offset(w, S::load_f16(p))
         }

@@ -128,6 +128,6 @@ pub(super) trait Simd: Copy {
     unsafe fn pairs(p: *const i8) -> Self::V;
     /// `sum_i pairs[i / 2][i % 2] * x[i]` over 16-bit numbers `[2 * pairs.len()]`.
     unsafe fn dot_pairs(pairs: &[Self::V], x: *const i16) -> Self::F;
-    /// Asks for the cache line at `p`, which need not be valid.
-    unsafe fn prefetch(p: *const u8);
+    /// Asks for cache lines some way behind the one at `p`, which need not be valid.
+    unsafe fn prefetch_behind(p: *const u8);
 }

@@ -8,6 +8,11 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(in crate::matrix) struct Avx512;
 
+/// Bytes behind a line at which others are asked for, into the second-level cache and then into the first. Two cores of
+/// a Sapphire Rapids: 6 to 7 KB and 2.5 to 3 KB are alike; one level at 3 KB is 5 to 8 % slower.
+const FAR: usize = 6656;
+const NEAR: usize = 3072;
+
 /// Adds products of groups of four columns to `sums`. Rows of activations take turns, so that `T` chains of
 /// additions hide each other's latency.
 #[inline(always)]
@@ -303,8 +308,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
+    unsafe fn prefetch_behind(p: *const u8) {
         // SAFETY: a prefetch of an invalid address does nothing.
-        unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
+        unsafe {
+            _mm_prefetch(p.wrapping_add(FAR).cast(), _MM_HINT_T1);
+            _mm_prefetch(p.wrapping_add(NEAR).cast(), _MM_HINT_T0);
+        }
     }
 }

@@ -243,5 +243,5 @@ impl Simd for Portable {
         sums.map(|s| s as f32)
     }
     #[inline(always)]
-    unsafe fn prefetch(_: *const u8) {}
+    unsafe fn prefetch_behind(_: *const u8) {}
 }
