@@ -9,9 +9,10 @@ use std::arch::x86_64::*;
 pub(in crate::matrix) struct Avx512;
 
 /// Bytes behind a line at which others are asked for, into the second-level cache and then into the first. Two cores of
-/// a Sapphire Rapids: 6 to 7 KB and 2.5 to 3 KB are alike; one level at 3 KB is 5 to 8 % slower.
-const FAR: usize = 6656;
-const NEAR: usize = 3072;
+/// a Sapphire Rapids: a token takes 1 % longer with 6.5 and 3 KB, 3 to 4 % with 10 and 3 or 3 and 1; one level at 3 KB
+/// is 5 to 8 % slower.
+const FAR: usize = 7168;
+const NEAR: usize = 4096;
 
 /// Adds products of groups of four columns to `sums`. Rows of activations take turns, so that `T` chains of
 /// additions hide each other's latency.
