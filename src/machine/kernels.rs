@@ -151,9 +151,9 @@ pub(super) fn experts(test: Test) -> Result<Vec<(f64, f64)>, Error> {
     Ok(rates.collect())
 }
 
-/// Of `n` things that `run` does, the mean seconds of each beyond those of a step that does nothing (`None`): waking the
-/// workers, which a token has once. They take turns for `whole` seconds in all, after a round that warms up. At least
-/// half counts, whatever else the machine does while nothing is measured.
+/// Of `n` things that `run` does, the mean seconds of each beyond those of a step that does nothing (`None`): waking
+/// the workers, which a token has once. They take turns for `whole` seconds in all, after a round that warms up. At
+/// least half counts, whatever else the machine does while nothing is measured.
 fn mean_seconds(
     n: usize,
     whole: f64,

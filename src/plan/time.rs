@@ -3,7 +3,8 @@
 //! at the measured bandwidth and what no bandwidth shortens: the start of a kernel, the tail of its last blocks,
 //! chains of dependent loads; a prompt takes its products at the measured rate of the tensor cores. Shares of a block
 //! run at the same time, blocks one after the other:
-//! `T = T_fixed + sum over blocks of max over devices + hand-offs`, of a shared mixture the mean of the maxima ([`Token`]).
+//! `T = T_fixed + sum over blocks of max over devices + hand-offs`, of a shared mixture the mean of the maxima
+//! ([`Token`]).
 //!
 //! Rates are facts of the machine. The constants here are facts of our kernels, measured on an H200 (`cargo bench -p
 //! tandem-cuda --bench decode` and `prompt`: time of each kind of block of five models); none belongs to a model.
@@ -425,8 +426,8 @@ impl Token {
     }
 }
 
-/// How many of `n_used` different ones of `n` experts, all equally probable, are among `n_cpu` of them, and how probably:
-/// the hypergeometric distribution, without what is rare.
+/// How many of `n_used` different ones of `n` experts, all equally probable, are among `n_cpu` of them, and how
+/// probably: the hypergeometric distribution, without what is rare.
 fn uniform_misses(n: usize, n_cpu: usize, n_used: usize) -> Vec<(usize, f64)> {
     let (least, most) = ((n_used + n_cpu).saturating_sub(n), n_used.min(n_cpu));
     let likeliest = ((n_used + 1) * (n_cpu + 1) / (n + 2)).clamp(least, most);
@@ -591,7 +592,8 @@ impl Rates<'_> {
     }
 }
 
-/// Seconds of one token outside its blocks. `gpu`: the one that begins the step, and workers wake meanwhile; `n_vocab`: of logits from which the host chooses, 0 where a GPU does.
+/// Seconds of one token outside its blocks. `gpu`: the one that begins the step, and workers wake meanwhile; `n_vocab`:
+/// of logits from which the host chooses, 0 where a GPU does.
 pub(super) fn fixed_seconds(gpu: Option<&Gpu>, n_vocab: usize) -> f64 {
     let begin = gpu.map_or(CPU_WAKE_US, |gpu| gpu.launch_us + GPU_STEP_US);
     1e-6 * (begin + n_vocab as f64 / 1000.0 * CPU_SAMPLE_US_PER_1000)
