@@ -714,10 +714,10 @@ impl<'a> Tables<'a> {
         let mut sum = Span::default();
         for i in 0..n {
             let from = if i > 0 { home(i - 1) } else { None };
-            let span = self.span(i, levels[i], home(i), from);
+            let span = self.span(i, levels[i], home(i), from, 0.0);
             if is_free[i] {
                 let from_other = if i > 0 && is_free[i - 1] { Some(usize::MAX) } else { from };
-                runs.handover.push(self.span(i, levels[i], home(i), from_other).plus(-1.0, span));
+                runs.handover.push(self.span(i, levels[i], home(i), from_other, 0.0).plus(-1.0, span));
                 runs.before.push(if runs.before.is_empty() { Span::default() } else { sum });
             }
             sum = sum.plus(1.0, span);
@@ -732,11 +732,12 @@ impl<'a> Tables<'a> {
         gpu.map_or(0, position)
     }
 
-    /// Times of block `i` at home on a GPU or (`None`) the CPU, after a block at home at `from`.
-    fn span(&self, i: usize, level: Level, home: Option<usize>, from: Option<usize>) -> Span {
+    /// Times of block `i` at home on a GPU or (`None`) the CPU, after a block at home at `from`, where the CPU had
+    /// `waited` seconds to read ahead in.
+    fn span(&self, i: usize, level: Level, home: Option<usize>, from: Option<usize>, waited: f64) -> Span {
         let (problem, facts) = (self.problem, self.problem.facts);
         let cell = self.cell(self.position(home), i, level);
-        let mut span = Span { decode: cell.token.seconds(0.0), in_place: cell.prompt, ..Span::default() };
+        let mut span = Span { decode: cell.token.seconds(waited), in_place: cell.prompt, ..Span::default() };
         let is_split = level > 0 && level < max_level(&problem.model.blocks[i]);
         let crossing = i > 0 && home != from;
         if let Some(gpu) = home.or(from).map(|g| &facts.gpus[g]).filter(|_| is_split || crossing) {
@@ -776,10 +777,8 @@ impl<'a> Tables<'a> {
                 }
                 at = home;
             }
-            let mut span = self.span(i, level, home, from);
-            let cell = self.cell(self.position(home), i, level);
-            let waited = waiting.pass(&problem.model.blocks[i], &cell.token);
-            span.decode -= cell.token.seconds(0.0) - cell.token.seconds(waited);
+            let waited = waiting.pass(&problem.model.blocks[i], &self.cell(self.position(home), i, level).token);
+            let span = self.span(i, level, home, from, waited);
             (all, run) = (all.plus(1.0, span), run.plus(1.0, span));
             from = home;
         }

@@ -609,15 +609,14 @@ mod tests {
         for (n, n_cpu, n_used) in
             [(256usize, 102usize, 8), (256, 255, 8), (8, 3, 8), (8, 0, 2), (8, 8, 2), (60, 7, 10), (1024, 700, 64)]
         {
-            let mut expected = vec![1.0];
+            let mut expected = vec![0.0; n_used + 1];
+            expected[0] = 1.0;
             for drawn in 0..n_used {
-                let mut next = vec![0.0; expected.len() + 1];
-                for (k, p) in expected.into_iter().enumerate() {
+                for k in (0..=drawn).rev() {
                     let is_cpu = n_cpu.saturating_sub(k) as f64 / (n - drawn) as f64;
-                    next[k] += p * (1.0 - is_cpu);
-                    next[k + 1] += p * is_cpu;
+                    expected[k + 1] += expected[k] * is_cpu;
+                    expected[k] *= 1.0 - is_cpu;
                 }
-                expected = next;
             }
             let misses = uniform_misses(n, n_cpu, n_used);
             assert!((misses.iter().map(|(_, p)| p).sum::<f64>() - 1.0).abs() < 1e-12);

@@ -347,15 +347,15 @@ fn rates_follow_the_routing() {
     let plan = make(&model, &facts, &Wishes { place, ..Wishes::default() });
     let rate = |misses: Option<&[f64]>| plan.rates_at(&model, &facts, 512, misses).unwrap().0;
     let n_used = 8;
-    let mut uniform = vec![1.0];
+    // One expert drawn after the other.
+    let mut uniform = vec![0.0; n_used + 1];
+    uniform[0] = 1.0;
     for drawn in 0..n_used {
-        let is_cpu = |k: usize| (128.0 - k as f64) / (256.0 - drawn as f64);
-        let at = |k: Option<usize>| k.and_then(|k| uniform.get(k)).copied().unwrap_or(0.0);
-        let after = |k: usize| match k.checked_sub(1) {
-            Some(fewer) => at(Some(fewer)) * is_cpu(fewer) + at(Some(k)) * (1.0 - is_cpu(k)),
-            None => at(Some(0)) * (1.0 - is_cpu(0)),
-        };
-        uniform = (0..=drawn + 1).map(after).collect();
+        for k in (0..=drawn).rev() {
+            let is_cpu = (128 - k) as f64 / (256 - drawn) as f64;
+            uniform[k + 1] += uniform[k] * is_cpu;
+            uniform[k] *= 1.0 - is_cpu;
+        }
     }
     let only = |k: usize| (0..=n_used).map(|i| if i == k { 1.0 } else { 0.0 }).collect::<Vec<_>>();
     assert!((rate(Some(&uniform)) / rate(None) - 1.0).abs() < 1e-3, "{} and {}", rate(Some(&uniform)), rate(None));
