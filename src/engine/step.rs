@@ -214,7 +214,7 @@ impl Engine {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Uses of routed experts in steps of single tokens so far.
+    /// Uses so far of routed experts that a GPU shares with the CPU.
     pub fn expert_uses(&self) -> ExpertUses {
         self.experts().uses().clone()
     }

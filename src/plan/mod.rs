@@ -176,6 +176,9 @@ impl Plan {
     /// many. `misses`: of the experts that a token uses in a mixture of both sides, the probability of each number that
     /// the GPU does not have, from none on (see [`crate::engine::ExpertUses::misses`]); `None`: routing is uniform.
     /// `None` where the machine lacks a GPU of the plan.
+    ///
+    /// # Panics
+    /// If `misses` are of another number of experts than a token of `model` uses.
     pub fn rates_at(&self, model: &Model, facts: &Machine, depth: usize, misses: Option<&[f64]>) -> Option<(f64, f64)> {
         let workload = Workload { prompt: depth, generate: 0 };
         let (token_s, prompt_s) = choose::retimed(self, model, facts, workload, misses)?;

@@ -348,7 +348,7 @@ struct Case {
     ahead: Ahead,
 }
 
-/// Cases that are as rare as this are left out.
+/// Cases of uniform routing that are so much rarer than the likeliest are left out.
 const RARE: f64 = 1e-5;
 
 impl Token {
@@ -393,10 +393,8 @@ impl Token {
                 };
                 let (at_home, elsewhere) = (part(n, true), part(n, false));
                 let share = |k: usize| k as f64 / n_used as f64;
-                let cases = misses.into_iter().filter(|(_, p)| *p > RARE);
-                let cases = cases
-                    .map(|(k, p)| case(p, &at_home.of_experts(share(n_used - k)), &elsewhere.of_experts(share(k))));
-                token.cases = cases.collect();
+                let case = |(k, p)| case(p, &at_home.of_experts(share(n_used - k)), &elsewhere.of_experts(share(k)));
+                token.cases = misses.into_iter().filter(|(_, p)| *p > 0.0).map(case).collect();
             }
             _ => token.cases.push(case(1.0, &at_home, &part(other.part.len(), false))),
         }

@@ -128,7 +128,7 @@ pub(super) trait Quant {
     /// Columns prepared for products.
     type Tile<S: Simd>: Tile<S>;
 
-    /// Decodes tile `k` of the packed block at `p`.
+    /// Decodes tile `k` of the packed block at `p`, loaded by [`load_and_prefetch`]: without it nothing asks ahead.
     unsafe fn tile<S: Simd>(p: *const u8, k: usize) -> Decoded<S>;
 }
 
