@@ -6,7 +6,7 @@
 use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece, vector};
+use crate::projection::{Projection, for_each_run, vector};
 use crate::simd::{self, Kernel, Simd, exp};
 use crate::state::BlockState;
 use crate::step::Step;
@@ -137,11 +137,11 @@ impl AttentionBlock {
             rms_norm(isa, x, &self.attn_norm, self.shape.rms_eps, row);
             row
         });
-        for_each_piece(w, &projections, |index, rows| {
+        for_each_run(w, step.n_tokens, &projections, |index, rows| {
             let first: usize = projections[..index].iter().map(|p| p.n_out()).sum();
             let cols = first + rows.start..first + rows.end;
             let out = step.memory.ptr(step.wide(0, cols.clone()).start..step.wide(step.n_tokens - 1, cols).end);
-            // SAFETY: these rows of the projection are this worker's piece, in every token.
+            // SAFETY: these rows of the projection are this worker's, in every token.
             unsafe { projections[index].apply(isa, rows, &h, out, step.layout.wide_len) };
         });
         w.barrier();

@@ -8,7 +8,7 @@
 use crate::gemm::prefetch;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece, vector};
+use crate::projection::{Projection, for_each_run, vector};
 use crate::simd::{self, Kernel, Simd, for_lanes, silu};
 use crate::state::BlockState;
 use crate::step::Step;
@@ -98,11 +98,11 @@ impl DeltaNetBlock {
             rms_norm(step.isa, x, &self.attn_norm, self.shape.rms_eps, row);
             row
         });
-        for_each_piece(w, &projections, |index, rows| {
+        for_each_run(w, step.n_tokens, &projections, |index, rows| {
             let first: usize = projections[..index].iter().map(|p| p.n_out()).sum();
             let cols = first + rows.start..first + rows.end;
             let out = step.memory.ptr(step.wide(0, cols.clone()).start..step.wide(step.n_tokens - 1, cols).end);
-            // SAFETY: these rows of the projection are this worker's piece, in every token.
+            // SAFETY: these rows of the projection are this worker's, in every token.
             unsafe { projections[index].apply(step.isa, rows.clone(), &h, out, step.layout.wide_len) };
             if index == 0 {
                 for (first, sequence) in step.sequences() {
@@ -209,7 +209,7 @@ impl DeltaNetBlock {
 
 /// Convolution of `KERNEL` taps and SiLU.
 struct Convolve<'a, const KERNEL: usize> {
-    /// `[KERNEL - 1, n_channels]` from the first channel of the piece on, oldest first.
+    /// `[KERNEL - 1, n_channels]` from the first of these channels on, oldest first.
     state: *mut f32,
     /// `[KERNEL, n_channels]`, likewise.
     taps: &'a [f32],

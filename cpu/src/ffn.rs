@@ -1,10 +1,10 @@
-//! `Ffn`: gate and up rows of a piece are multiplied and activated by one worker; one barrier; down projection; one
+//! `Ffn`: gate and up rows of a run are multiplied and activated by one worker; one barrier; down projection; one
 //! barrier.
 
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Projection, piece_rows, share_rows, vector};
+use crate::projection::{Cut, Projection, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -74,12 +74,12 @@ impl FfnBlock {
 
     /// Reads ahead what this worker will multiply first.
     pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        let hidden = share_rows(w, self.shape.n_ff);
-        let size = piece_rows(self.shape.n_ff, w.n_workers());
-        let mut pieces = hidden.clone().step_by(size).map(|first| first..hidden.end.min(first + size));
         let [gate, up, down] = [&self.ffn_gate, &self.ffn_up, &self.ffn_down].map(|p| &p.matrix);
-        let _ = pieces.all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
-            && ahead.rows(down, share_rows(w, self.shape.n_embd));
+        let (n_ff, cut) = (self.shape.n_ff, Cut::new(self.shape.n_ff, w.n_workers(), 1));
+        let _ = w.own_runs(n_ff.div_ceil(cut.rows), cut.longest).all(|run| {
+            let rows = cut.rows_of(run, n_ff);
+            ahead.rows(gate, rows.clone()) && ahead.rows(up, rows)
+        }) && ahead.rows(down, cut.share(w, self.shape.n_embd));
     }
 
     /// Adds the block to the residual stream.
@@ -93,12 +93,12 @@ impl FfnBlock {
         });
         let n_ff = self.shape.n_ff;
         let at = |token: usize, cols: Range<usize>| step.hidden(token * n_ff + cols.start..token * n_ff + cols.end);
-        let size = piece_rows(n_ff, w.n_workers());
+        let cut = Cut::new(n_ff, w.n_workers(), step.n_tokens);
         let tile = step.tile(w);
-        for piece in w.pieces(n_ff.div_ceil(size)) {
-            let rows = piece * size..((piece + 1) * size).min(n_ff);
+        for run in w.runs(n_ff.div_ceil(cut.rows), cut.longest) {
+            let rows = cut.rows_of(run, n_ff);
             let out = step.memory.ptr(at(0, rows.clone()).start..at(step.n_tokens - 1, rows.clone()).end);
-            // SAFETY: these hidden columns are this worker's piece.
+            // SAFETY: these hidden columns are this worker's.
             unsafe { gate_up(step.isa, &self.ffn_gate, &self.ffn_up, rows, &h, (out, n_ff), tile) };
         }
         w.barrier();

@@ -2,7 +2,7 @@
 
 use crate::norm::rms_norm;
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece};
+use crate::projection::{Projection, for_each_run};
 use crate::step::Step;
 use tandem_spec::HeadShape;
 
@@ -34,9 +34,9 @@ impl HeadBlock {
             rms_norm(step.isa, x, &self.output_norm, self.shape.rms_eps, row);
             row
         });
-        for_each_piece(w, &[&self.output], |_, rows| {
+        for_each_run(w, wanted.len(), &[&self.output], |_, rows| {
             let out = step.logits.ptr(rows.start..(wanted.len() - 1) * n_vocab + rows.end);
-            // SAFETY: these rows of the projection are this worker's piece, in every token.
+            // SAFETY: these rows of the projection are this worker's, in every token.
             unsafe { self.output.apply(step.isa, rows, &h, out, n_vocab) };
         });
         w.barrier();

@@ -7,7 +7,7 @@ use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece, piece_rows, share_rows, vector};
+use crate::projection::{Cut, Projection, for_each_run, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -208,7 +208,8 @@ impl MoeBlock {
 
     /// Reads ahead what this worker will multiply if `experts` are chosen, the likeliest first.
     pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
-        let (hidden, out) = (hidden_rows(w, w.index, self.shape.n_ff), share_rows(w, self.shape.n_embd));
+        let hidden = hidden_rows(w, w.index, self.shape.n_ff);
+        let out = Cut::new(self.shape.n_embd, w.n_workers(), 1).share(w, self.shape.n_embd);
         for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
             let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
             if !parts.into_iter().all(|(p, rows)| ahead.rows(&p.matrix, rows.clone())) {
@@ -251,10 +252,10 @@ impl MoeBlock {
         if let Some(choices) = &step.choices {
             routing.take(n_tokens, n_used, choices, &self.experts);
         } else {
-            for_each_piece(w, &routers[..n_routers], |index, rows| {
+            for_each_run(w, n_tokens, &routers[..n_routers], |index, rows| {
                 let cols = index * n_experts + rows.start..index * n_experts + rows.end;
                 let out = step.memory.ptr(step.wide(0, cols.clone()).start..step.wide(n_tokens - 1, cols).end);
-                // SAFETY: these rows of the projection are this worker's piece, in every token.
+                // SAFETY: these rows of the projection are this worker's, in every token.
                 unsafe { routers[index].apply(isa, rows, &h, out, step.layout.wide_len) };
             });
             w.barrier();
@@ -289,23 +290,24 @@ impl MoeBlock {
         let n_active = routing.active.len();
         let n_ff_shared = self.shared.as_ref().map_or(0, |_| n_ff_shared);
         let n_units = n_active + usize::from(self.shared.is_some());
-        let size = piece_rows(n_active * n_ff + n_ff_shared, w.n_workers());
-        let longest = n_ff.max(n_ff_shared);
+        let cut = Cut::new(n_active * n_ff + n_ff_shared, w.n_workers(), n_tokens);
         // One token: a worker has the same rows of whatever experts are chosen. Many: an expert's rows of activations
         // stay in a cache while its weights pass.
         let n_owners = if alone { w.n_workers() } else { 1 };
-        let n_blocks = (longest.div_ceil(32).div_ceil(n_owners) * 32).div_ceil(size);
-        let rows_of = |piece: usize| {
-            let (owner, unit) =
-                if alone { (piece / (n_blocks * n_units), piece / n_blocks % n_units) } else { (0, piece / n_blocks) };
+        let n_pieces = (n_ff.max(n_ff_shared).div_ceil(32).div_ceil(n_owners) * 32).div_ceil(cut.rows); // of a unit
+        let unit_runs = w.runs(n_owners * n_units * n_pieces, cut.longest).flat_map(|run| {
+            (run.start / n_pieces..run.end.div_ceil(n_pieces)).map(move |unit| {
+                let first = unit * n_pieces;
+                (unit / n_units, unit % n_units, run.start.max(first) - first..(run.end - first).min(n_pieces))
+            })
+        });
+        let tile = step.tile(w);
+        for (owner, unit, pieces) in unit_runs {
             let n = if unit < n_active { n_ff } else { n_ff_shared };
             let all = if alone { hidden_rows(w, owner, n) } else { 0..n };
-            let first = all.start + piece % n_blocks * size;
-            (unit, first..all.end.min(first + size))
-        };
-        let tile = step.tile(w);
-        for piece in w.pieces(n_owners * n_units * n_blocks) {
-            let (unit, rows) = rows_of(piece);
+            let is_last = pieces.end == n_pieces;
+            let rows = cut.rows_of(pieces, all.len());
+            let rows = all.start + rows.start..all.start + rows.end;
             if rows.is_empty() {
                 continue;
             }
@@ -316,10 +318,10 @@ impl MoeBlock {
                 let (gate, up) = (&self.gate[expert], &self.up[expert]);
                 if alone {
                     let next = routing.active.get(unit + 1).map(|(e, _)| &self.gate[*e as usize]);
-                    let soon = [Some(up), next.filter(|_| piece % n_blocks + 1 == n_blocks)];
-                    soon.into_iter().flatten().for_each(|p| ask_for_first(&p.matrix, rows.clone(), FIRST_BYTES));
+                    let soon = [Some((up, &rows)), next.filter(|_| is_last).map(|gate| (gate, &all))];
+                    soon.into_iter().flatten().for_each(|(p, r)| ask_for_first(&p.matrix, r.clone(), FIRST_BYTES));
                 }
-                // SAFETY: these hidden columns of the expert are this worker's piece.
+                // SAFETY: these hidden columns of the expert are this worker's.
                 unsafe { gate_up(isa, gate, up, rows, &inputs(&range), (out, n_ff), tile) };
             } else if let Some(s) = &self.shared {
                 let at = |token: usize, col: usize| shared_start + token * n_ff_shared + col;
@@ -330,7 +332,8 @@ impl MoeBlock {
         }
         // The first of what follows comes from memory while workers wait for each other.
         if let Some((expert, _)) = routing.active.first().filter(|_| alone) {
-            ask_for_first(&self.down[*expert as usize].matrix, share_rows(w, n_embd), BARRIER_BYTES);
+            let rows = Cut::new(n_embd, w.n_workers(), 1).share(w, n_embd);
+            ask_for_first(&self.down[*expert as usize].matrix, rows, BARRIER_BYTES);
         }
         w.barrier();
 
@@ -356,9 +359,9 @@ impl MoeBlock {
             w.barrier();
         }
 
-        for_each_piece(w, &[&self.down[0]], |_, rows| {
+        for_each_run(w, n_tokens, &[&self.down[0]], |_, rows| {
             let n = rows.len();
-            // SAFETY: these columns are this worker's piece, in every token.
+            // SAFETY: these columns are this worker's, in every token.
             unsafe { step.begin_sum(rows.clone()) };
             // SAFETY: as above.
             let x = |token: usize| unsafe { step.target(token, rows.clone()) };

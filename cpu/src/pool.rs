@@ -141,6 +141,11 @@ impl Team {
     }
 }
 
+/// Pieces of the next run where `left` are left.
+fn run_len(left: usize, longest: usize) -> usize {
+    left.div_ceil(2).min(longest)
+}
+
 /// One thread of a run.
 pub(crate) struct Worker<'a> {
     /// Number of this worker, from 0.
@@ -180,27 +185,41 @@ impl Worker<'_> {
         }
     }
 
-    /// Takes pieces `0..n` of this stage until none is left; each goes to one worker: first those of this worker's
-    /// share, in order, so that it reads memory from front to back, then what others have not come to, so that a
-    /// worker that lost its core delays the others by one piece at most. A stage has one such set.
-    pub fn pieces(&self, n: usize) -> impl Iterator<Item = usize> {
+    /// Takes runs of the pieces `0..n` of this stage until none is left; each piece goes to one worker: first those of
+    /// this worker's share, in order, so that it reads memory from front to back, then what others have not come to,
+    /// so that a worker that lost its core delays the others by one run at most. Runs get shorter: each is half of
+    /// what is left of a share, and `longest` pieces at most. A stage has one such set.
+    pub fn runs(&self, n: usize, longest: usize) -> impl Iterator<Item = Range<usize>> {
         let taken = &self.team.taken[self.stage.get() % 3];
         let mut helped = 0;
         std::iter::from_fn(move || {
             while helped < self.n_workers() {
                 let owner = (self.index + helped) % self.n_workers();
                 let (share, taken) = (self.share_of(owner, n), &taken[owner].0);
-                // Looked at first: adding takes the line from all who look.
-                if taken.load(Ordering::Relaxed) < share.len() {
-                    let piece = share.start + taken.fetch_add(1, Ordering::Relaxed);
-                    if piece < share.end {
-                        return Some(piece);
-                    }
+                let end = |first| first + run_len(share.len() - first, longest);
+                let take = |first| (first < share.len()).then(|| end(first));
+                if let Ok(first) = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+                    return Some(share.start + first..share.start + end(first));
                 }
                 helped += 1;
             }
             None
         })
+    }
+
+    /// Those of [`Worker::runs`] that this worker takes if it has its share for itself.
+    pub fn own_runs(&self, n: usize, longest: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut share = self.share(n);
+        std::iter::from_fn(move || {
+            let first = share.start;
+            share.start += run_len(share.len(), longest);
+            (first < share.start).then_some(first..share.start)
+        })
+    }
+
+    /// [`Worker::runs`] of one piece each.
+    pub fn pieces(&self, n: usize) -> impl Iterator<Item = usize> {
+        self.runs(n, 1).map(|run| run.start)
     }
 
     /// This worker's share of `0..n`: contiguous, the same for the same worker every time.
@@ -226,8 +245,9 @@ mod tests {
             let taken: Vec<AtomicUsize> = (0..37).map(|_| AtomicUsize::new(0)).collect();
             pool.run(|w| {
                 for stage in 0..200 {
-                    for piece in w.pieces(taken.len()) {
-                        assert_eq!(taken[piece].fetch_add(1, Ordering::Relaxed), stage);
+                    for run in w.runs(taken.len(), 1 + stage % 8) {
+                        assert!(!run.is_empty() && run.len() <= 1 + stage % 8);
+                        run.for_each(|piece| assert_eq!(taken[piece].fetch_add(1, Ordering::Relaxed), stage));
                     }
                     w.barrier();
                     assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) > stage));
@@ -235,6 +255,18 @@ mod tests {
             });
             assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) == 200));
         }
+    }
+
+    /// A worker that nobody helps takes its own runs: halves of what is left, within the bound.
+    #[test]
+    fn runs_get_shorter() {
+        let pool = Pool::new(1).unwrap();
+        pool.run(|w| {
+            let lens: Vec<usize> = w.own_runs(37, 16).map(|run| run.len()).collect();
+            assert_eq!(lens, [16, 11, 5, 3, 1, 1]);
+            assert!(w.own_runs(37, 16).eq(w.runs(37, 16)));
+            w.barrier();
+        });
     }
 
     /// Two cores of two hardware threads, and one of which only one may be used: a worker may use both of its core.

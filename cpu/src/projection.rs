@@ -125,34 +125,60 @@ impl Kernel for ScaleAndShift<'_> {
     }
 }
 
-/// Rows that one piece of a stage covers, when `total` rows are shared out: enough pieces that all workers end
-/// together, large enough to stream. A multiple of 32: whole panels of every layout and whole blocks of activations.
-pub(crate) fn piece_rows(total: usize, n_workers: usize) -> usize {
-    (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS)
+/// How the rows of a stage are cut into pieces, and how many of them a worker takes at a time.
+#[derive(Clone, Copy)]
+pub(crate) struct Cut {
+    /// Rows of a piece, a multiple of 32: whole panels of every layout and whole blocks of activations.
+    pub rows: usize,
+    /// Pieces of a run at most.
+    pub longest: usize,
 }
 
-/// Rows that [`for_each_piece`] gives worker `w` of a projection of `n` rows, unless another helps it.
-pub(crate) fn share_rows(w: &Worker, n: usize) -> Range<usize> {
-    let size = piece_rows(n, w.n_workers());
-    let pieces = w.share(n.div_ceil(size));
-    n.min(pieces.start * size)..n.min(pieces.end * size)
+impl Cut {
+    /// Of `total` rows that are multiplied with `n_tokens` rows of activations. One row: runs, since every jump to
+    /// other weights takes about a microsecond. More: enough pieces that all workers end together, and few enough
+    /// rows that their weights stay in a cache.
+    pub fn new(total: usize, n_workers: usize, n_tokens: usize) -> Self {
+        match n_tokens {
+            1 => Self { rows: 32, longest: MAX_RUN_ROWS / 32 },
+            _ => Self { rows: (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS), longest: 1 },
+        }
+    }
+
+    /// Rows of the pieces `pieces` of a matrix of `n` rows.
+    pub fn rows_of(&self, pieces: Range<usize>, n: usize) -> Range<usize> {
+        n.min(pieces.start * self.rows)..n.min(pieces.end * self.rows)
+    }
+
+    /// Rows of `0..n` that worker `w` is given of one matrix, unless another helps it.
+    pub fn share(&self, w: &Worker, n: usize) -> Range<usize> {
+        self.rows_of(w.share(n.div_ceil(self.rows)), n)
+    }
 }
 
-/// Largest result of [`piece_rows`].
+/// Most rows of a piece for several rows of activations, and of a run for one: what tiles have room for.
 pub(crate) const MAX_PIECE_ROWS: usize = 128;
+pub(crate) const MAX_RUN_ROWS: usize = 1024;
 
-/// Shares out the rows of `projections` as one space; calls `f` with a projection's index and rows of it.
-pub(crate) fn for_each_piece(w: &Worker, projections: &[&Projection], mut f: impl FnMut(usize, Range<usize>)) {
-    let total = projections.iter().map(|p| p.n_out()).sum();
-    let size = piece_rows(total, w.n_workers());
-    let pieces_of = |p: &Projection| p.n_out().div_ceil(size);
-    for mut piece in w.pieces(projections.iter().map(|p| pieces_of(p)).sum()) {
+/// Shares out the rows of `projections` as one space, for `n_tokens` rows of activations; calls `f` with a projection's
+/// index and rows of it.
+pub(crate) fn for_each_run(
+    w: &Worker,
+    n_tokens: usize,
+    projections: &[&Projection],
+    mut f: impl FnMut(usize, Range<usize>),
+) {
+    let cut = Cut::new(projections.iter().map(|p| p.n_out()).sum(), w.n_workers(), n_tokens);
+    let pieces_of = |p: &Projection| p.n_out().div_ceil(cut.rows);
+    for run in w.runs(projections.iter().map(|p| pieces_of(p)).sum(), cut.longest) {
+        let mut first = 0;
         for (index, p) in projections.iter().enumerate() {
-            if piece < pieces_of(p) {
-                f(index, piece * size..((piece + 1) * size).min(p.n_out()));
-                break;
+            let end = first + pieces_of(p);
+            let pieces = run.start.max(first)..run.end.min(end);
+            if !pieces.is_empty() {
+                f(index, cut.rows_of(pieces.start - first..pieces.end - first, p.n_out()));
             }
-            piece -= pieces_of(p);
+            first = end;
         }
     }
 }

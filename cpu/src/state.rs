@@ -4,7 +4,7 @@
 
 use crate::matrix::map_huge;
 use crate::moe::{self, Routing};
-use crate::projection::MAX_PIECE_ROWS;
+use crate::projection::{MAX_PIECE_ROWS, MAX_RUN_ROWS};
 use crate::{ActivationBuffer, Error, Forms, attention, delta_net};
 use memmap2::MmapMut;
 use std::ops::Range;
@@ -128,7 +128,8 @@ impl Layout {
         let mut ropes: Vec<(Rope, Option<String>)> = Vec::new();
         let mut kv_len = 0;
         let (mut slot_len, mut rope_len, mut wide_len, mut mixed_len, mut parts_len) = (0usize, 0, 0, 0, 0);
-        let (mut row_len, mut tile_len, mut parts_rows) = (model.n_embd, n_batch * MAX_PIECE_ROWS, n_batch);
+        let (mut row_len, mut tile_len, mut parts_rows) =
+            (model.n_embd, MAX_RUN_ROWS.max(n_batch * MAX_PIECE_ROWS), n_batch);
         let [mut normed, mut mixed_acts, mut sorted, mut hidden_acts, mut own] = [BufferSize::default(); 5];
         let (mut routing, mut hidden_len) = ((0, 0), 0);
         let batch = |width: usize| n_batch.checked_mul(width);

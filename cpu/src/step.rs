@@ -6,7 +6,7 @@
 use crate::handoff::Choices;
 use crate::norm::add_scaled;
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_piece};
+use crate::projection::{Projection, for_each_run};
 use crate::state::{Buffers, Layout, REDUNDANT_ROWS};
 use crate::{ActivationBuffer, Activations, Forms, Isa};
 use std::marker::PhantomData;
@@ -198,12 +198,12 @@ impl<'a> Step<'a> {
     /// `x += projection . activations`, and the barrier that ends the block.
     pub fn add(&self, w: &Worker, projection: &Projection, activations: &Activations) {
         let tile = self.tile(w);
-        for_each_piece(w, &[projection], |_, rows| {
+        for_each_run(w, self.n_tokens, &[projection], |_, rows| {
             let n = rows.len();
             assert!(self.n_tokens * n <= tile.len());
             // SAFETY: the tile is this worker's own.
             unsafe { projection.apply(self.isa, rows.clone(), activations, tile.as_mut_ptr(), n) };
-            // SAFETY: these rows of the projection are this worker's piece, in every token.
+            // SAFETY: these rows of the projection are this worker's, in every token.
             unsafe { self.begin_sum(rows.clone()) };
             for token in 0..self.n_tokens {
                 // SAFETY: as above.
