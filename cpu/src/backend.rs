@@ -199,7 +199,7 @@ impl Backend {
                 Block::Head(b) => CpuBlock::Head(HeadBlock {
                     shape: b.shape.clone(),
                     output_norm: vector(&b.output_norm, source),
-                    output: Projection::of(shared(&b.output.weight)?, &b.output, source),
+                    output: Projection::of(shared(&b.output.weight)?, &b.output, source).past_caches(),
                 }),
             };
             let mut bytes = 0;

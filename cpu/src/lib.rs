@@ -28,4 +28,4 @@ pub use backend::{Backend, Error, Options, for_each_weight};
 pub use isa::Isa;
 pub use matrix::{Matrix, OutRows, panel_rows};
 pub use read::ReadTest;
-pub use state::{Snapshot, State, StateSize};
+pub use state::{Floats, Snapshot, State, StateSize};

@@ -258,6 +258,8 @@ pub struct OutRows<'a> {
     stride: usize,
     n_tokens: usize,
     rows: Range<usize>,
+    /// Whether the products of one row of activations go past the caches.
+    past_caches: bool,
     lifetime: PhantomData<&'a mut [f32]>,
 }
 
@@ -275,7 +277,13 @@ impl OutRows<'_> {
     /// same time multiply disjoint panels into it, and nobody reads a panel's columns before its product is complete.
     pub unsafe fn new(ptr: *mut f32, stride: usize, n_tokens: usize, rows: Range<usize>) -> Self {
         assert!(n_tokens <= 1 || stride >= rows.len(), "rows overlap");
-        Self { ptr, stride, n_tokens, rows, lifetime: PhantomData }
+        Self { ptr, stride, n_tokens, rows, past_caches: false, lifetime: PhantomData }
+    }
+
+    /// The same, where the products of one row of activations may go past the caches: what nobody reads soon leaves
+    /// them to others, and its lines need not be read before they are written.
+    pub fn past_caches(self) -> Self {
+        Self { past_caches: true, ..self }
     }
 
     /// First product of panel row `row` for `token`.

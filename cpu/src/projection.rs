@@ -26,6 +26,8 @@ pub(crate) struct Projection {
     scale: f32,
     /// `[n_out]`, or empty.
     bias: Box<[f32]>,
+    /// Whether nobody reads the products soon ([`OutRows::past_caches`]).
+    past_caches: bool,
 }
 
 impl Projection {
@@ -38,12 +40,17 @@ impl Projection {
     pub fn of(matrix: Arc<Matrix>, linear: &Linear<Weight>, source: &dyn TensorSource) -> Self {
         let scale = linear.scale.as_ref().map_or(1.0, |s| vector(s, source)[0]);
         let bias = linear.bias.as_ref().map(|b| vector(b, source)).unwrap_or_default();
-        Self { matrix, scale, bias }
+        Self { matrix, scale, bias, past_caches: false }
+    }
+
+    /// The same, where nobody reads the products soon.
+    pub fn past_caches(self) -> Self {
+        Self { past_caches: true, ..self }
     }
 
     /// A product without scale and bias.
     pub fn plain(matrix: Arc<Matrix>) -> Self {
-        Self { matrix, scale: 1.0, bias: Box::default() }
+        Self { matrix, scale: 1.0, bias: Box::default(), past_caches: false }
     }
 
     /// Packs a stack of `n` projections of the same shape, one matrix each.
@@ -59,7 +66,7 @@ impl Projection {
         let scales = linear.scale.as_ref().map(|s| vector(s, source));
         let one = |(e, matrix): (usize, Matrix)| {
             let scale = scales.as_ref().map_or(1.0, |s| s[e.min(s.len() - 1)]);
-            Self { matrix: Arc::new(matrix), scale, bias: Box::default() }
+            Self { matrix: Arc::new(matrix), scale, bias: Box::default(), past_caches: false }
         };
         Ok(Matrix::pack_stack(&linear.weight, n, source, isa)?.into_iter().enumerate().map(one).collect())
     }
@@ -90,7 +97,7 @@ impl Projection {
         let panels = rows.start / panel_rows..rows.end.div_ceil(panel_rows);
         // SAFETY: the caller promises the memory; panels of one call are disjoint from those of others.
         let to = unsafe { OutRows::new(out, stride, x.n_rows(), rows.clone()) };
-        self.matrix.mul(panels, x, &to);
+        self.matrix.mul(panels, x, &if self.past_caches { to.past_caches() } else { to });
         if self.scale != 1.0 || !self.bias.is_empty() {
             let bias = if self.bias.is_empty() { &[][..] } else { &self.bias[rows.clone()] };
             for token in 0..x.n_rows() {

@@ -7,7 +7,7 @@ use crate::moe::{self, Routing};
 use crate::projection::{MAX_PIECE_ROWS, MAX_RUN_ROWS};
 use crate::{ActivationBuffer, Error, Forms, attention, delta_net};
 use memmap2::MmapMut;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use tandem_spec::{Block, KvDtype, Model, Rope, StateBytes, Weight};
 
 /// Batches of so few rows are normed and rounded by every worker for itself, which is cheaper than a barrier.
@@ -282,6 +282,53 @@ impl Layout {
     }
 }
 
+/// f32 in memory of their own, zero until written, in huge pages where the system has them. They begin at a page, so
+/// that cache lines and vectors do not straddle.
+pub struct Floats {
+    memory: MmapMut,
+    len: usize,
+}
+
+impl Floats {
+    /// Room for `capacity` f32, at least 1, and none of them used.
+    ///
+    /// # Errors
+    /// The memory is not there ([`Error::Memory`]).
+    pub fn with_capacity(capacity: usize) -> Result<Self, Error> {
+        let bytes = capacity.checked_mul(4).ok_or(Error::Memory { bytes: usize::MAX })?;
+        Ok(Self { memory: map_huge(bytes).map_err(|_| Error::Memory { bytes })?, len: 0 })
+    }
+
+    /// f32 that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.memory.len() / 4
+    }
+
+    /// Uses the first `len`, which keep what was written to them before.
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub fn set_len(&mut self, len: usize) {
+        assert!(len <= self.capacity(), "{len} of {} f32", self.capacity());
+        self.len = len;
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        // SAFETY: the mapping begins at a page and has room for `len` f32; all bits are valid f32.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.len) }
+    }
+}
+
 /// Activation buffers and routing tables.
 pub(crate) struct Buffers {
     pub normed: ActivationBuffer,
@@ -295,8 +342,8 @@ pub(crate) struct Buffers {
 /// Keys, values, recurrent states and scratch for up to [`StateSize::n_slots`] sequences.
 pub struct State {
     pub(crate) layout: Layout,
-    /// `[layout.len]` f32, zero until written, in huge pages where the system has them.
-    memory: MmapMut,
+    /// `[layout.len]`.
+    memory: Floats,
     pub(crate) buffers: Buffers,
     /// One a worker.
     pub(crate) routing: Vec<Routing>,
@@ -317,7 +364,8 @@ impl State {
     pub(crate) fn new(layout: Layout) -> Result<Self, Error> {
         let bytes = layout.n_bytes();
         let failed = || Error::Memory { bytes };
-        let memory = layout.len.checked_mul(4).and_then(|n| map_huge(n).ok()).ok_or_else(failed)?;
+        let mut memory = Floats::with_capacity(layout.len).map_err(|_| failed())?;
+        memory.set_len(layout.len);
         let buffer = |b: BufferSize| ActivationBuffer::new(b.elements, b.forms).map_err(|_| failed());
         let buffers = Buffers {
             normed: buffer(layout.normed)?,
@@ -344,16 +392,14 @@ impl State {
         let own = self.buffers.own.iter().map(ActivationBuffer::allocated).sum::<usize>();
         let Buffers { normed, mixed, sorted, hidden, .. } = &self.buffers;
         let shared = [normed, mixed, sorted, hidden].map(ActivationBuffer::allocated).iter().sum::<usize>();
-        let all = self.memory.len() + shared + own + routing;
+        let all = size_of_val(&*self.memory) + shared + own + routing;
         let StateBytes { kv, states, logits, .. } = self.layout.bytes();
         StateBytes { scratch: all as u64 - kv - states - logits, kv, states, logits }
     }
 
     /// The memory of the layout, and what lies beside it.
     pub(crate) fn split(&mut self) -> (&Layout, &mut [f32], &Buffers, &mut [Routing]) {
-        // SAFETY: the mapping begins at a page, holds `len` f32, and all bits are valid f32.
-        let memory = unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<f32>(), self.layout.len) };
-        (&self.layout, memory, &self.buffers, &mut self.routing)
+        (&self.layout, &mut self.memory, &self.buffers, &mut self.routing)
     }
 
     /// Begins a new sequence in `slot`: its recurrent states become zero.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use tandem_cpu::handoff::{Handoff, Memory, Task};
-use tandem_cpu::{Isa, StateSize};
+use tandem_cpu::{Floats, Isa, StateSize};
 use tandem_cuda::backend::BEGUN_BYTES;
 use tandem_cuda::experts::HostExperts;
 use tandem_cuda::handoff::Times;
@@ -45,8 +45,8 @@ pub struct Engine {
 pub struct States {
     cpu: Option<tandem_cpu::State>,
     gpus: Vec<tandem_cuda::State>,
-    x: Vec<f32>,      // [n_batch, n_embd] residual stream between devices
-    logits: Vec<f32>, // [wanted, n_vocab]
+    x: Vec<f32>,    // [n_batch, n_embd] residual stream between devices
+    logits: Floats, // [wanted, n_vocab]
 }
 
 /// A copy of the recurrent states of one slot on every device.
@@ -304,7 +304,7 @@ impl Engine {
             cpu: self.cpu.as_ref().map(|b| b.state(size)).transpose()?,
             gpus: self.gpus.iter().map(|(_, b)| b.state()).collect::<Result<_, _>>()?,
             x: vec![0.0; n_batch * self.model.n_embd],
-            logits: Vec::with_capacity(self.plan.n_logits * self.model.n_vocab),
+            logits: Floats::with_capacity(self.plan.n_logits * self.model.n_vocab)?,
         })
     }
 
@@ -321,7 +321,7 @@ impl Engine {
         }
         let _turn = self.turn();
         let n_embd = self.model.n_embd;
-        states.logits.resize(batch.wanted.len() * self.model.n_vocab, 0.0);
+        states.logits.set_len(batch.wanted.len() * self.model.n_vocab);
         let is_decode = batch.wanted.len() == batch.sequences.len() && is_decode(batch);
         if let ([Run::Gpu { tasks, .. }], true) = (&self.runs[..], is_decode) {
             let gpu = &self.gpus[0].1;

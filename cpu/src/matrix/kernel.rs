@@ -219,13 +219,18 @@ macro_rules! in_groups {
     }};
 }
 
-/// Asks for the lines that lie some way behind part `i`, of `n` bytes, of the block at `p`.
+/// Asks for the lines that lie some way behind part `i`, of `n` bytes, of the block at `p`, at a pace if `PACED`.
 #[inline(always)]
-unsafe fn prefetch_behind<S: Simd>(p: *const u8, i: usize, n: usize) {
+unsafe fn prefetch_behind<S: Simd, const PACED: bool>(p: *const u8, i: usize, n: usize) {
     // Numbers that are known where `i` is: with branches here the compiler would part loads from their products.
     for line in (i * n).div_ceil(64)..((i + 1) * n).div_ceil(64) {
         // SAFETY: the address need not be valid.
-        unsafe { S::prefetch_behind(p.wrapping_add(64 * line)) };
+        unsafe {
+            S::prefetch_behind(p.wrapping_add(64 * line));
+            if PACED {
+                S::pace();
+            }
+        }
     }
 }
 
@@ -250,10 +255,11 @@ pub(super) unsafe fn load_and_prefetch<S: Simd>(p: *const u8, i: usize) -> S::V 
 /// Panels ahead whose line of sums is asked for.
 const SUMS_AHEAD: usize = 4;
 
-/// Asks for the line of a later panel's sums: with 1024 columns of Q4_K, stores that miss cost 6 % of the time.
+/// Asks for the line of a later panel's sums, if the cache is to have it: with 1024 columns of Q4_K, stores that miss
+/// cost 6 % of the time.
 #[inline(always)]
 unsafe fn prefetch_sums<S: Simd>(out: &OutRows, token: usize, panel: usize) {
-    if S::LANES == 16 {
+    if S::LANES == 16 && !out.past_caches {
         // SAFETY: the panel's own line lies within the output; that of the later one need not be valid.
         prefetch(unsafe { out.at(token, panel * S::LANES) }.wrapping_add(SUMS_AHEAD * S::LANES), 1);
     }
@@ -300,11 +306,14 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                     for block in blocks {
                         S::prefetch_behind(block.as_ptr());
                         for k in 0..Q::TILES {
+                            for _ in 0..Q::BLOCK_BYTES * S::LANES / Q::TILES / 64 {
+                                S::pace();
+                            }
                             Q::Tile::<S>::new(Q::tile(block.as_ptr(), k)).apply(x, codes, &mut acc);
                             (x, codes) = (x.wrapping_add(n_tokens), codes.wrapping_add(n_tokens));
                         }
                     }
-                    store::<S>(out, first, panel, m.n_rows, acc[0]);
+                    store_one::<S>(out, first, panel, m.n_rows, acc[0]);
                 } else {
                     let mut acc = [S::zero(); TOKENS];
                     for block in blocks {
@@ -329,7 +338,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
 unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / SUPER_BLOCK_LEN;
     let (block_bytes, n_tokens) = (Q::BLOCK_BYTES * S::LANES, x.n_rows());
-    let (x, codes, tile_bytes) = (x.super_blocks(), x.super_codes(), block_bytes / 8);
+    let (x, codes, tile_bytes) = (x.super_blocks(), x.super_codes(), block_bytes.div_ceil(8));
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
@@ -364,7 +373,7 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                         acc = finish::<S, Q>(&scales, &pairs::<S, Q>(&scales), x, sum[0], acc);
                         x = x.wrapping_add(n_tokens);
                     }
-                    store::<S>(out, first, panel, m.n_rows, acc);
+                    store_one::<S>(out, first, panel, m.n_rows, acc);
                 } else {
                     let mut acc = [S::zero(); TOKENS];
                     for block in blocks {
@@ -372,7 +381,7 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                         let scales = Q::scales::<S>(p);
                         let mut sums = [S::no_sum(); TOKENS];
                         for k in 0..8 {
-                            prefetch_behind::<S>(p, k, tile_bytes);
+                            prefetch_behind::<S, false>(p, k, tile_bytes);
                             let (w, scales) = (Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k));
                             in_groups!(S, sums[..n], |T, t, sums| {
                                 dot_tile::<S, Q, T>(&w, scales, codes.add(t), k % 2, sums)
@@ -435,7 +444,7 @@ unsafe fn dot_tile<S: Simd, Q: SuperQuant, const T: usize>(
 unsafe fn code_and_prefetch<S: Simd, Q: SuperQuant>(p: *const u8, k: usize, g: usize) -> S::V {
     // SAFETY: the caller has the instruction set and a packed block.
     unsafe {
-        prefetch_behind::<S>(p, 8 * k + g, Q::BLOCK_BYTES * S::LANES / 64);
+        prefetch_behind::<S, true>(p, 8 * k + g, (Q::BLOCK_BYTES * S::LANES).div_ceil(64));
         let code = Q::code::<S>(p, k, g);
         // Keeps lines asked for one by one: in bursts they hold up the loads between them. Two cores of a Sapphire
         // Rapids read 30 to 31 GB/s so, without 28 to 30.
@@ -579,6 +588,21 @@ pub(super) unsafe fn store<S: Simd>(out: &OutRows, token: usize, panel: usize, n
     }
 }
 
+/// [`store`] for one row of activations, past the caches if `out` says so.
+#[inline(always)]
+unsafe fn store_one<S: Simd>(out: &OutRows, token: usize, panel: usize, n_rows: usize, acc: S::F) {
+    let row = panel * S::LANES;
+    // SAFETY: as there.
+    unsafe {
+        let to = out.at(token, row);
+        if out.past_caches && S::LANES == 16 && row + S::LANES <= n_rows && (to as usize).is_multiple_of(64) {
+            S::store_past_caches(to, acc);
+        } else {
+            store::<S>(out, token, panel, n_rows, acc);
+        }
+    }
+}
+
 /// A family of kernels, compiled for each instruction set and chosen by the matrix's. `$tiles` is the one for many rows
 /// of activations on AMX.
 macro_rules! family {
@@ -652,4 +676,10 @@ pub(super) fn mul(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRo
         ty => panic!("no CPU kernel for tensor type {ty}: the model reader refuses it"),
     };
     kernel(m, panels, x, out);
+    #[cfg(target_arch = "x86_64")]
+    if out.past_caches {
+        // What went past the caches is written before anything that tells others of it.
+        // SAFETY: every x86-64 has it.
+        unsafe { std::arch::x86_64::_mm_sfence() };
+    }
 }

@@ -69,6 +69,12 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(p: *const u8) -> Self::F;
     /// Stores `LANES` f32.
     unsafe fn store_f32(p: *mut f32, v: Self::F);
+    /// Stores `LANES` f32 past the caches where they are a whole line, as `p` is; a fence makes them visible to others.
+    #[inline(always)]
+    unsafe fn store_past_caches(p: *mut f32, v: Self::F) {
+        // SAFETY: as the trait asks.
+        unsafe { Self::store_f32(p, v) }
+    }
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`.
@@ -130,4 +136,7 @@ pub(super) trait Simd: Copy {
     unsafe fn dot_pairs(pairs: &[Self::V], x: *const i16) -> Self::F;
     /// Asks for cache lines some way behind the one at `p`, which need not be valid.
     unsafe fn prefetch_behind(p: *const u8);
+    /// Takes room among the instructions that the processor has begun, so that it begins with fewer lines at a time.
+    #[inline(always)]
+    unsafe fn pace() {}
 }

@@ -102,6 +102,38 @@ fn check(ty: TensorType, isa: Isa, n_rows: usize, n_cols: usize, n_tokens: usize
     assert!(rounding < 0.05, "{case}: error {rounding:e} against the activations");
 }
 
+/// Products that go past the caches are the same bits, at the start of a line and elsewhere, and touch nothing else.
+#[test]
+fn products_past_the_caches_are_the_same() {
+    const N_ROWS: usize = 67;
+    for (isa, ty, n_tokens) in isas().flat_map(|isa| types().flat_map(move |ty| [(isa, ty, 1), (isa, ty, 2)])) {
+        let (n_cols, mut rng, mut source) = (2 * ty.row().block_len.max(16), Rng::new(5), Buffers::default());
+        let weight = source.add("w", ty, &[n_cols, N_ROWS], random_blocks(ty, N_ROWS * n_cols, 1.0, &mut rng));
+        let matrix = Matrix::pack(&weight, &source, isa).expect("memory");
+        let x = rng.normals(n_tokens * n_cols, 1.0);
+        let buffer = ActivationBuffer::new(x.len(), Forms::of(ty)).expect("memory");
+        let (x, _) = activations(&buffer, ty, &x, n_cols);
+        let products = |first: usize, past_caches: bool| {
+            let mut out = crate::Floats::with_capacity(first + n_tokens * N_ROWS + 64).expect("memory");
+            out.set_len(out.capacity());
+            out.fill(f32::NAN);
+            // SAFETY: the output is a buffer of this thread.
+            let rows = unsafe { OutRows::new(out[first..].as_mut_ptr(), N_ROWS, n_tokens, 0..N_ROWS) };
+            let rows = if past_caches { rows.past_caches() } else { rows };
+            matrix.mul(0..matrix.n_panels(), &x, &rows);
+            let (before, rest) = out.split_at(first);
+            let (products, behind) = rest.split_at(n_tokens * N_ROWS);
+            assert!(before.iter().chain(behind).all(|x| x.is_nan()), "{ty} on {isa:?}: written elsewhere");
+            products.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        };
+        let expected = products(0, false);
+        assert!(expected.iter().all(|bits| f32::from_bits(*bits).is_finite()), "{ty} on {isa:?}");
+        for first in [0, 3, 16] {
+            assert_eq!(products(first, true), expected, "{ty} on {isa:?}, from element {first}");
+        }
+    }
+}
+
 #[test]
 fn products_match_the_exact_decode() {
     for isa in isas() {

@@ -2,6 +2,7 @@
 //! 32 bits without saturation, and takes the activations of all rows from memory as a broadcast.
 
 use super::Simd;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Sixteen rows in 512-bit registers.
@@ -190,6 +191,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn store_past_caches(p: *mut f32, v: __m512) {
+        // SAFETY: as the trait asks.
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         // SAFETY: as the trait asks.
         unsafe { _mm512_add_ps(a, b) }
@@ -315,5 +321,12 @@ impl Simd for Avx512 {
             _mm_prefetch(p.wrapping_add(FAR).cast(), _MM_HINT_T1);
             _mm_prefetch(p.wrapping_add(NEAR).cast(), _MM_HINT_T0);
         }
+    }
+    #[inline(always)]
+    unsafe fn pace() {
+        // Some 15 instructions a line let a Sapphire Rapids begin with 30 lines, twice as many as can be on their way
+        // to the first-level cache: it reads 2 to 8 % more from memory with eight more, with 16 no more than that.
+        // SAFETY: they do nothing.
+        unsafe { asm!(".rept 8", "nop", ".endr", options(nomem, nostack, preserves_flags)) }
     }
 }
