@@ -42,7 +42,7 @@ pub enum Error {
     Threads(#[from] rayon::ThreadPoolBuildError),
     /// Memory cannot be allocated.
     #[error(
-        "cannot allocate {bytes} bytes for keys, values, states and scratch; use a shorter context, fewer sequences or a smaller batch"
+        "cannot allocate {bytes} bytes for keys, values, states, logits and scratch; use a shorter context, fewer sequences or a smaller batch"
     )]
     Memory {
         /// What was asked for.

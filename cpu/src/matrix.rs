@@ -258,7 +258,7 @@ pub struct OutRows<'a> {
     stride: usize,
     n_tokens: usize,
     rows: Range<usize>,
-    /// Whether the products of one row of activations go past the caches.
+    /// Whether the products of one row of activations may go past the caches.
     past_caches: bool,
     lifetime: PhantomData<&'a mut [f32]>,
 }
@@ -280,10 +280,10 @@ impl OutRows<'_> {
         Self { ptr, stride, n_tokens, rows, past_caches: false, lifetime: PhantomData }
     }
 
-    /// The same, where the products of one row of activations may go past the caches: what nobody reads soon leaves
-    /// them to others, and its lines need not be read before they are written.
-    pub fn past_caches(self) -> Self {
-        Self { past_caches: true, ..self }
+    /// The same, where the products of one row of activations may go past the caches if `yes`: what no worker reads
+    /// leaves them to others, and its lines are not read before they are written.
+    pub fn past_caches(self, yes: bool) -> Self {
+        Self { past_caches: yes, ..self }
     }
 
     /// First product of panel row `row` for `token`.

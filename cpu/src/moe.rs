@@ -1,6 +1,6 @@
 //! `Moe`: router products; every worker then picks and sorts the experts for itself (the same for all of them), so
 //! that each expert multiplies its tokens together and the rows of all chosen experts are one space; down projections
-//! of a piece of rows go through all experts and are summed by one worker.
+//! of a run of rows go through all experts and are summed by one worker.
 
 use crate::ahead::{Ahead, ask_for_first};
 use crate::ffn::gate_up;
@@ -305,7 +305,6 @@ impl MoeBlock {
         for (owner, unit, pieces) in unit_runs {
             let n = if unit < n_active { n_ff } else { n_ff_shared };
             let all = if alone { hidden_rows(w, owner, n) } else { 0..n };
-            let is_last = pieces.end == n_pieces;
             let rows = cut.rows_of(pieces, all.len());
             let rows = all.start + rows.start..all.start + rows.end;
             if rows.is_empty() {
@@ -318,7 +317,7 @@ impl MoeBlock {
                 let (gate, up) = (&self.gate[expert], &self.up[expert]);
                 if alone {
                     let next = routing.active.get(unit + 1).map(|(e, _)| &self.gate[*e as usize]);
-                    let soon = [Some((up, &rows)), next.filter(|_| is_last).map(|gate| (gate, &all))];
+                    let soon = [Some((up, &rows)), next.filter(|_| rows.end == all.end).map(|gate| (gate, &all))];
                     soon.into_iter().flatten().for_each(|(p, r)| ask_for_first(&p.matrix, r.clone(), FIRST_BYTES));
                 }
                 // SAFETY: these hidden columns of the expert are this worker's.

@@ -260,13 +260,11 @@ mod tests {
     /// A worker that nobody helps takes its own runs: halves of what is left, within the bound.
     #[test]
     fn runs_get_shorter() {
-        let pool = Pool::new(1).unwrap();
-        pool.run(|w| {
-            let lens: Vec<usize> = w.own_runs(37, 16).map(|run| run.len()).collect();
-            assert_eq!(lens, [16, 11, 5, 3, 1, 1]);
+        Pool::new(1).unwrap().run(|w| {
+            assert!(w.own_runs(37, 16).map(|run| run.len()).eq([16, 11, 5, 3, 1, 1]));
             assert!(w.own_runs(37, 16).eq(w.runs(37, 16)));
-            w.barrier();
         });
+        Pool::new(3).unwrap().run(|w| assert!(w.own_runs(37, 16).flatten().eq(w.share(37))));
     }
 
     /// Two cores of two hardware threads, and one of which only one may be used: a worker may use both of its core.

@@ -290,7 +290,7 @@ pub struct Floats {
 }
 
 impl Floats {
-    /// Room for `capacity` f32, at least 1, and none of them used.
+    /// Room for `capacity` f32, none of them used.
     ///
     /// # Errors
     /// The memory is not there ([`Error::Memory`]).

@@ -316,6 +316,12 @@ impl Engine {
     pub fn step<'s>(&self, states: &'s mut States, batch: &Batch) -> Result<&'s [f32], Error> {
         batch.check(self.plan.n_slots, self.plan.n_ctx, self.model.n_vocab).map_err(Error::Batch)?;
         assert!(batch.tokens.len() <= self.plan.n_batch, "a batch larger than the plan's largest");
+        let (n_wanted, n_logits) = (batch.wanted.len(), self.plan.n_logits);
+        if n_wanted > n_logits {
+            return Err(Error::Batch(format!(
+                "logits of {n_wanted} tokens are wanted, but the plan has room for {n_logits}"
+            )));
+        }
         for sequence in batch.sequences.iter().filter(|s| s.position == 0) {
             states.reset(sequence.slot); // on a GPU a sequence begins anew at position 0 by itself
         }

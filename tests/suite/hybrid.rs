@@ -67,8 +67,9 @@ fn plan(model: &Model, machine: &Machine, rules: &[&str], n_ctx: usize, n_batch:
     let rules = rules.iter().map(|r| PlaceRule::parse(r).unwrap());
     let place = rules.filter(|r| names.iter().any(|name| r.matches(name))).collect();
     let (n_ctx, n_batch, kv_dtype) = (Some(n_ctx), Some(n_batch), Some(KvDtype::F32));
+    let (threads, all_logits) = (Some(2), true);
     let wishes =
-        Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads: Some(2), place, expert_cache, ..Default::default() };
+        Wishes { n_ctx, n_batch, kv_dtype, n_slots: 2, threads, place, expert_cache, all_logits, ..Default::default() };
     plan::plan(model, machine, &wishes).unwrap_or_else(|e| panic!("{e}"))
 }
 

@@ -306,6 +306,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                     for block in blocks {
                         S::prefetch_behind(block.as_ptr());
                         for k in 0..Q::TILES {
+                            // Once for each line of the tile.
                             for _ in 0..Q::BLOCK_BYTES * S::LANES / Q::TILES / 64 {
                                 S::pace();
                             }
@@ -338,7 +339,7 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
 unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     let n_blocks = m.n_cols / SUPER_BLOCK_LEN;
     let (block_bytes, n_tokens) = (Q::BLOCK_BYTES * S::LANES, x.n_rows());
-    let (x, codes, tile_bytes) = (x.super_blocks(), x.super_codes(), block_bytes.div_ceil(8));
+    let (x, codes, tile_bytes) = (x.super_blocks(), x.super_codes(), block_bytes / 8);
     for first in (0..n_tokens).step_by(TOKENS) {
         let n = TOKENS.min(n_tokens - first);
         for panel in panels.clone() {
@@ -595,7 +596,7 @@ unsafe fn store_one<S: Simd>(out: &OutRows, token: usize, panel: usize, n_rows: 
     // SAFETY: as there.
     unsafe {
         let to = out.at(token, row);
-        if out.past_caches && S::LANES == 16 && row + S::LANES <= n_rows && (to as usize).is_multiple_of(64) {
+        if out.past_caches && row + S::LANES <= n_rows && (to as usize).is_multiple_of(64) {
             S::store_past_caches(to, acc);
         } else {
             store::<S>(out, token, panel, n_rows, acc);

@@ -69,7 +69,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(p: *const u8) -> Self::F;
     /// Stores `LANES` f32.
     unsafe fn store_f32(p: *mut f32, v: Self::F);
-    /// Stores `LANES` f32 past the caches where they are a whole line, as `p` is; a fence makes them visible to others.
+    /// Stores `LANES` f32 at the beginning of a cache line: past the caches if they fill it, visible to others after a
+    /// fence.
     #[inline(always)]
     unsafe fn store_past_caches(p: *mut f32, v: Self::F) {
         // SAFETY: as the trait asks.

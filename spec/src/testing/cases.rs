@@ -293,6 +293,7 @@ fn cases_moe() -> Vec<Case> {
         Case::new("moe odd", moe(37, 7, 3, 41, 11), &[F32], SEVERAL),
         Case::new("moe no shared", moe(64, 13, 4, 96, 0), &[Q8_0], PROMPT),
         Case::new("moe awkward", moe(256, 6, 2, 256, 64), &[Q4_K, Q6_K], SEVERAL).awkward(),
+        Case::new("moe token by token", moe(256, 6, 3, 352, 96), &[Q8_0], DECODE),
         Case::new("moe 256 of 8", moe(256, 256, 8, 32, 32), &[Q4_0], SEVERAL),
         Case::new("moe 512 of 10", moe(64, 512, 10, 32, 32), &[Q8_0], DECODE),
         Case::new("moe 35B", moe(2048, 12, 8, 512, 512), &[Q4_K, Q4_K, Q6_K], SEVERAL),
