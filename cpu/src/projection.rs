@@ -142,13 +142,16 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// Of `total` rows that are multiplied with `n_tokens` rows of activations. One row: runs, since every jump to
-    /// other weights takes about a microsecond; shorter ones for many workers, who share what memory gives unequally
-    /// and help each other (16 with runs of 1024 rows read experts 4 to 23 % slower than with 128). More rows: enough
-    /// pieces that all workers end together, and few enough rows that their weights stay in a cache.
+    /// Of `total` rows that are multiplied with `n_tokens` rows of activations. One row: runs of a share over the
+    /// number of workers. Two workers jump to other weights seldom, which takes about a microsecond; many share what
+    /// memory gives unequally, and have to help each other. More rows: enough pieces that all workers end together, and
+    /// few enough rows that their weights stay in a cache.
     pub fn new(total: usize, n_workers: usize, n_tokens: usize) -> Self {
         match n_tokens {
-            1 => Self { rows: 32, longest: (2 * MAX_RUN_ROWS / n_workers).clamp(64, MAX_RUN_ROWS) / 32 },
+            1 => {
+                let longest = (total / 32).div_ceil(n_workers * n_workers).clamp(1, MAX_RUN_ROWS / 32);
+                Self { rows: 32, longest }
+            }
             _ => Self { rows: (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS), longest: 1 },
         }
     }
