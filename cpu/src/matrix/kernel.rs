@@ -219,18 +219,13 @@ macro_rules! in_groups {
     }};
 }
 
-/// Asks for the lines that lie some way behind part `i`, of `n` bytes, of the block at `p`, at a pace if `PACED`.
+/// Asks for the lines that lie some way behind part `i`, of `n` bytes, of the block at `p`.
 #[inline(always)]
-unsafe fn prefetch_behind<S: Simd, const PACED: bool>(p: *const u8, i: usize, n: usize) {
+unsafe fn prefetch_behind<S: Simd>(p: *const u8, i: usize, n: usize) {
     // Numbers that are known where `i` is: with branches here the compiler would part loads from their products.
     for line in (i * n).div_ceil(64)..((i + 1) * n).div_ceil(64) {
         // SAFETY: the address need not be valid.
-        unsafe {
-            S::prefetch_behind(p.wrapping_add(64 * line));
-            if PACED {
-                S::pace();
-            }
-        }
+        unsafe { S::prefetch_behind(p.wrapping_add(64 * line)) };
     }
 }
 
@@ -306,10 +301,6 @@ unsafe fn mul_quant<S: Simd, Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Act
                     for block in blocks {
                         S::prefetch_behind(block.as_ptr());
                         for k in 0..Q::TILES {
-                            // Once for each line of the tile.
-                            for _ in 0..Q::BLOCK_BYTES * S::LANES / Q::TILES / 64 {
-                                S::pace();
-                            }
                             Q::Tile::<S>::new(Q::tile(block.as_ptr(), k)).apply(x, codes, &mut acc);
                             (x, codes) = (x.wrapping_add(n_tokens), codes.wrapping_add(n_tokens));
                         }
@@ -382,7 +373,7 @@ unsafe fn mul_super<S: Simd, Q: SuperQuant>(m: &Matrix, panels: Range<usize>, x:
                         let scales = Q::scales::<S>(p);
                         let mut sums = [S::no_sum(); TOKENS];
                         for k in 0..8 {
-                            prefetch_behind::<S, false>(p, k, tile_bytes);
+                            prefetch_behind::<S>(p, k, tile_bytes);
                             let (w, scales) = (Q::codes::<S>(p, k), tile_scales::<S, Q>(&scales, k));
                             in_groups!(S, sums[..n], |T, t, sums| {
                                 dot_tile::<S, Q, T>(&w, scales, codes.add(t), k % 2, sums)
@@ -445,7 +436,7 @@ unsafe fn dot_tile<S: Simd, Q: SuperQuant, const T: usize>(
 unsafe fn code_and_prefetch<S: Simd, Q: SuperQuant>(p: *const u8, k: usize, g: usize) -> S::V {
     // SAFETY: the caller has the instruction set and a packed block.
     unsafe {
-        prefetch_behind::<S, true>(p, 8 * k + g, (Q::BLOCK_BYTES * S::LANES).div_ceil(64));
+        prefetch_behind::<S>(p, 8 * k + g, (Q::BLOCK_BYTES * S::LANES).div_ceil(64));
         let code = Q::code::<S>(p, k, g);
         // Keeps lines asked for one by one: in bursts they hold up the loads between them. Two cores of a Sapphire
         // Rapids read 30 to 31 GB/s so, without 28 to 30.

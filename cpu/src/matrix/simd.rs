@@ -137,7 +137,4 @@ pub(super) trait Simd: Copy {
     unsafe fn dot_pairs(pairs: &[Self::V], x: *const i16) -> Self::F;
     /// Asks for cache lines some way behind the one at `p`, which need not be valid.
     unsafe fn prefetch_behind(p: *const u8);
-    /// Takes room among the instructions that the processor has begun, so that it begins with fewer lines at a time.
-    #[inline(always)]
-    unsafe fn pace() {}
 }

@@ -2,7 +2,6 @@
 //! 32 bits without saturation, and takes the activations of all rows from memory as a broadcast.
 
 use super::Simd;
-use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Sixteen rows in 512-bit registers.
@@ -321,13 +320,5 @@ impl Simd for Avx512 {
             _mm_prefetch(p.wrapping_add(FAR).cast(), _MM_HINT_T1);
             _mm_prefetch(p.wrapping_add(NEAR).cast(), _MM_HINT_T0);
         }
-    }
-    #[inline(always)]
-    unsafe fn pace() {
-        // With some 15 instructions a line a Sapphire Rapids has begun with 30 lines, twice as many as can be on their
-        // way to its first-level cache. With eight more, two cores read 2 to 8 % faster and a token takes 1 to 2 % less
-        // time; with 16 more no less than that. Sixteen cores, and others, wait for memory that they share.
-        // SAFETY: they do nothing.
-        unsafe { asm!(".rept 8", "nop", ".endr", options(nomem, nostack, preserves_flags)) }
     }
 }
