@@ -4,7 +4,7 @@
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, vector};
+use crate::projection::{Cut, Projection, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -79,7 +79,7 @@ impl FfnBlock {
         let _ = w.own_runs(n_ff.div_ceil(cut.rows), cut.longest).all(|run| {
             let rows = cut.rows_of(run, n_ff);
             ahead.rows(gate, rows.clone()) && ahead.rows(up, rows)
-        }) && ahead.rows(down, cut.share(w, self.shape.n_embd));
+        }) && ahead.rows(down, share_rows(w, w.index, self.shape.n_embd));
     }
 
     /// Adds the block to the residual stream.

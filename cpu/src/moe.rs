@@ -7,7 +7,7 @@ use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, for_each_run, vector};
+use crate::projection::{Cut, Projection, for_each_run, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -135,13 +135,6 @@ pub(crate) fn shared_start(shape: &MoeShape, n_tokens: usize) -> usize {
 const FIRST_BYTES: usize = 3072;
 const BARRIER_BYTES: usize = 16384;
 
-/// Of `n` hidden rows of an expert, those that worker number `worker` multiplies for one token unless another helps it:
-/// the same of every expert, whichever are chosen.
-fn hidden_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
-    let parts = w.share_of(worker, n.div_ceil(32));
-    n.min(parts.start * 32)..n.min(parts.end * 32)
-}
-
 struct SharedBlock {
     /// `[1, n_embd]`.
     gate_inp: Option<Projection>,
@@ -208,8 +201,7 @@ impl MoeBlock {
 
     /// Reads ahead what this worker will multiply if `experts` are chosen, the likeliest first.
     pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
-        let hidden = hidden_rows(w, w.index, self.shape.n_ff);
-        let out = Cut::new(self.shape.n_embd, w.n_workers(), 1).share(w, self.shape.n_embd);
+        let [hidden, out] = [self.shape.n_ff, self.shape.n_embd].map(|n| share_rows(w, w.index, n));
         for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
             let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
             if !parts.into_iter().all(|(p, rows)| ahead.rows(&p.matrix, rows.clone())) {
@@ -304,7 +296,7 @@ impl MoeBlock {
         let tile = step.tile(w);
         for (owner, unit, pieces) in unit_runs {
             let n = if unit < n_active { n_ff } else { n_ff_shared };
-            let all = if alone { hidden_rows(w, owner, n) } else { 0..n };
+            let all = if alone { share_rows(w, owner, n) } else { 0..n };
             let rows = cut.rows_of(pieces, all.len());
             let rows = all.start + rows.start..all.start + rows.end;
             if rows.is_empty() {
@@ -331,7 +323,7 @@ impl MoeBlock {
         }
         // The first of what follows comes from memory while workers wait for each other.
         if let Some((expert, _)) = routing.active.first().filter(|_| alone) {
-            let rows = Cut::new(n_embd, w.n_workers(), 1).share(w, n_embd);
+            let rows = share_rows(w, w.index, n_embd);
             ask_for_first(&self.down[*expert as usize].matrix, rows, BARRIER_BYTES);
         }
         w.barrier();

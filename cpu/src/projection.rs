@@ -160,11 +160,13 @@ impl Cut {
     pub fn rows_of(&self, pieces: Range<usize>, n: usize) -> Range<usize> {
         n.min(pieces.start * self.rows)..n.min(pieces.end * self.rows)
     }
+}
 
-    /// Rows of `0..n` that worker `w` is given of one matrix, unless another helps it.
-    pub fn share(&self, w: &Worker, n: usize) -> Range<usize> {
-        self.rows_of(w.share(n.div_ceil(self.rows)), n)
-    }
+/// Of `n` rows that are multiplied with one row of activations, those that worker number `worker` is given unless
+/// another helps it.
+pub(crate) fn share_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
+    let pieces = w.share_of(worker, n.div_ceil(32));
+    n.min(pieces.start * 32)..n.min(pieces.end * 32)
 }
 
 /// Most rows of a piece for several rows of activations: what tiles have room for.

@@ -1,4 +1,5 @@
-//! Reading memory as fast as cores can: the roof of matrix-vector products. Owns the loop that measures it.
+//! Reading memory in a plain loop: the roof of matrix-vector products, but for 1 to 6 % that idle instructions between
+//! its lines would add on a Sapphire Rapids. Owns the loop that measures it.
 
 use crate::gemm::prefetch;
 use crate::matrix::Storage;
