@@ -81,10 +81,14 @@ impl AttentionBlock {
 
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
-        let projections = [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output];
         let norms = [Some(&self.attn_norm), self.attn_q_norm.as_ref(), self.attn_k_norm.as_ref()];
-        projections.iter().map(|p| p.n_bytes()).sum::<usize>()
+        self.projections().map(|p| p.n_bytes()).sum::<usize>()
             + norms.into_iter().flatten().map(|n| size_of_val(&**n)).sum::<usize>()
+    }
+
+    /// Queries, keys, values and output.
+    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
+        [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output].into_iter()
     }
 
     fn group(&self) -> usize {

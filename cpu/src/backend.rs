@@ -11,7 +11,8 @@ use crate::head::HeadBlock;
 use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::{Pool, Worker};
-use crate::projection::{Projection, vector};
+use crate::projection::{Projection, share_rows, vector};
+use crate::read::read;
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
 use crate::{Isa, Matrix, State};
@@ -19,7 +20,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
@@ -94,6 +95,18 @@ impl CpuBlock {
             CpuBlock::Ffn(b) => b.n_bytes(),
             CpuBlock::Moe(b) => b.n_bytes(),
             CpuBlock::Head(b) => b.n_bytes(),
+        }
+    }
+
+    /// What one token multiplies with, of a mixture the experts of [`MoeBlock::projections`].
+    fn projections(&self, draw: usize) -> Vec<&Projection> {
+        match self {
+            CpuBlock::Embed(_) => Vec::new(),
+            CpuBlock::Attention(b) => b.projections().collect(),
+            CpuBlock::DeltaNet(b) => b.projections().collect(),
+            CpuBlock::Ffn(b) => b.projections().collect(),
+            CpuBlock::Moe(b) => b.projections(draw).collect(),
+            CpuBlock::Head(b) => vec![&b.output],
         }
     }
 }
@@ -251,6 +264,21 @@ impl Backend {
             Some(Some(CpuBlock::Moe(b))) => b.routed().map(|p| p.matrix.panels()).collect(),
             _ => panic!("block {block} is no feed-forward block of this backend"),
         }
+    }
+
+    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of
+    /// each matrix: how fast the same weights could be read by a step that did nothing else. Mixtures choose other
+    /// experts with another `draw`. Returns the bytes.
+    pub fn read_weights(&self, draw: usize) -> usize {
+        let bytes = AtomicUsize::new(0);
+        self.pool.run(|w| {
+            for p in self.blocks.iter().flatten().flat_map(|block| block.projections(draw)) {
+                let part = p.matrix.row_bytes(share_rows(w, w.index, p.n_out()));
+                read(self.isa, part);
+                bytes.fetch_add(part.len(), Ordering::Relaxed);
+            }
+        });
+        bytes.into_inner()
     }
 
     /// Instruction set in use.

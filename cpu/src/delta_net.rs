@@ -81,10 +81,14 @@ impl DeltaNetBlock {
 
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
-        let projections = [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha, &self.ssm_out];
         let vectors = [&self.attn_norm, &self.ssm_conv1d, &self.ssm_dt, &self.ssm_a, &self.ssm_norm];
-        projections.iter().map(|p| p.n_bytes()).sum::<usize>()
+        self.projections().map(|p| p.n_bytes()).sum::<usize>()
             + vectors.iter().map(|v| size_of_val(&***v)).sum::<usize>()
+    }
+
+    /// Channels, output gate, beta, alpha and output.
+    pub fn projections(&self) -> impl Iterator<Item = &Projection> {
+        [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha, &self.ssm_out].into_iter()
     }
 
     /// Adds the block to the residual stream.

@@ -189,9 +189,20 @@ impl MoeBlock {
 
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
+        size_of_val(&*self.ffn_norm) + self.routed().chain(self.unrouted()).map(|p| p.n_bytes()).sum::<usize>()
+    }
+
+    /// What every token multiplies with: the router and the shared expert.
+    fn unrouted(&self) -> impl Iterator<Item = &Projection> {
         let shared = self.shared.iter().flat_map(|s| [&s.gate, &s.up, &s.down].into_iter().chain(&s.gate_inp));
-        let projections = self.routed().chain(shared).chain([&self.router]);
-        size_of_val(&*self.ffn_norm) + projections.map(|p| p.n_bytes()).sum::<usize>()
+        [&self.router].into_iter().chain(shared)
+    }
+
+    /// What a token multiplies with that chooses experts at equal distances, the first of them `draw`.
+    pub fn projections(&self, draw: usize) -> impl Iterator<Item = &Projection> {
+        let (n, n_used) = (self.gate.len(), self.shape.n_used.min(self.gate.len()));
+        let chosen = (0..n_used).map(move |i| (draw + i * n / n_used) % n);
+        self.unrouted().chain(chosen.flat_map(|e| [&self.gate[e], &self.up[e], &self.down[e]]))
     }
 
     /// Gates, ups and downs of the routed experts.

@@ -27,8 +27,13 @@ impl ReadTest {
 
     /// Reads the whole 512-byte chunks of `range`, which lies within the memory.
     pub fn read(&self, isa: Isa, range: Range<usize>) {
-        simd::run(isa, 0, Read(&self.0[range]));
+        read(isa, &self.0[range]);
     }
+}
+
+/// Reads the whole 512-byte chunks of `bytes`.
+pub(crate) fn read(isa: Isa, bytes: &[u8]) {
+    simd::run(isa, 0, Read(bytes));
 }
 
 /// Floats in a chunk.

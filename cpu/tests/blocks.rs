@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tandem_cpu::handoff::{ELSEWHERE, Handoff, Memory, Task};
-use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize};
+use tandem_cpu::{Backend, Error, Isa, Options, State, StateSize, for_each_weight};
 use tandem_spec::testing::{Buffers, Case, Maker, Poisoned, Rng, Shape, cases, max_abs, relative_rms_of_rows};
 use tandem_spec::{Batch, Block, Head, HeadShape, KvDtype, Linear, Model, TensorType, Weight, math};
 
@@ -202,6 +202,38 @@ fn planned_bytes_are_allocated_bytes() {
     tied.blocks.push(Block::Head(head));
     let table = Backend::planned_weight_bytes(&tied, &[0], isa);
     assert_eq!(load(&tied, &maker.source, isa, 1).weight_bytes(), table + 4 * 64);
+}
+
+/// Any number of workers reads all matrices but the embedding table once, and of a mixture as many experts as a token
+/// has, whichever they are.
+#[test]
+fn all_weights_of_a_token_are_read() {
+    let isa = Isa::detect();
+    for case in cases() {
+        let (block, source) = case.block();
+        let chosen =
+            |n: u64| if let Block::Moe(b) = &block { n * b.shape.n_used as u64 / b.experts.len() as u64 } else { n };
+        let (mut bytes, mut padding) = (0, 0);
+        for_each_weight(&block, isa, &mut |w, n| {
+            let is_vector = ["norm", "bias", "conv1d", "ssm_dt", "ssm_a."].iter().any(|part| w.name.contains(part));
+            if !is_vector && !matches!(block, Block::Embed(_)) {
+                bytes += if w.name.contains("_exps") { chosen(n) } else { n };
+                padding += 64;
+            }
+        });
+        let model = model(&case, block.clone());
+        for threads in 1..=3 {
+            let backend = load(&model, &source, isa, threads);
+            for draw in [0, 1, 1000] {
+                let read = backend.read_weights(draw) as u64;
+                assert!(
+                    read <= bytes && bytes <= read + padding,
+                    "{}: {read} of {bytes} bytes, draw {draw}",
+                    case.name
+                );
+            }
+        }
+    }
 }
 
 /// What the caller may get wrong is an error that says what: no panic, no abort.

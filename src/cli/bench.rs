@@ -4,7 +4,6 @@ use super::load::{self, EngineArgs, Loaded, Memory};
 use super::timeline::{self, Format};
 use super::usage;
 use crate::engine::{Session, StepTrace, handoff_cost};
-use crate::machine;
 use crate::plan::{self, Workload};
 use crate::text::SamplerOptions;
 use anyhow::Context;
@@ -68,21 +67,21 @@ struct Row {
     predicted_for_routing: Option<f64>,
 }
 
-/// Bytes that one generated token moves, the rate that this makes, and its share of the measured bandwidth.
+/// Bytes that one generated token moves, the rate that this makes, and its share of the bandwidth: of each repetition
+/// against what a plain loop read of the same weights right after it, since others on the machine change that from
+/// second to second; the median. Against the bandwidth that the plan was made with where the facts are of another
+/// machine, and where the CPU has no weights.
 #[derive(serde::Serialize)]
 struct Read {
     bytes_per_token: u64,
     gb_per_s: f64,
     share: f64,
+    /// Of the loop, after each repetition.
+    weights_gb_per_s: Vec<f64>,
 }
 
-/// GB/s that the plan's threads read from main memory: before the rows, which is what the plan was made with, and
-/// after them, if the machine is this one. Others on it change that, and with it every row that waits for memory.
-#[derive(serde::Serialize)]
-struct Reading {
-    before: f64,
-    after: Option<f64>,
-}
+/// How long a plain loop reads the weights after each repetition of a generation.
+const READ_SECONDS: f64 = 0.3;
 
 /// Steps of which one is drawn.
 const TRACED_STEPS: usize = 15;
@@ -195,6 +194,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
         }
         for n in args.generate.iter().map(|n| *n as usize).filter(|n| *n > 0) {
             let (mut rates, mut shares, mut uses) = (Vec::new(), Vec::new(), session.expert_uses());
+            let mut weights_gb_per_s = Vec::new();
             for i in 0..=args.repeat {
                 let (seconds, busy) = time_generation(&mut session, prefix, n, n_vocab)?;
                 if i == 0 {
@@ -202,6 +202,8 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
                 } else {
                     rates.push(n as f64 / seconds);
                     shares.extend(busy.map(|busy| busy / seconds));
+                    let reads = args.engine.measures_now().then(|| loaded.engine.read_gb_per_s(READ_SECONDS));
+                    weights_gb_per_s.extend(reads.flatten());
                 }
             }
             let gpu_busy = if shares.is_empty() { None } else { Some(median(&shares)) };
@@ -211,7 +213,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<()> {
             let handoff = if costs.is_empty() { None } else { Some((median(&costs), costs.len())) };
             let uses = session.expert_uses().since(&uses);
             let (experts_on_gpu, predicted_for_routing) = (uses.share(), loaded.rate_for(&uses, depth + n / 2));
-            let row = Row::new(&loaded, "tg", n, depth, rates);
+            let row = Row::new(&loaded, "tg", n, depth, rates).with_read(&loaded, weights_gb_per_s);
             rows.push(Row { gpu_busy, handoff, experts_on_gpu, predicted_for_routing, ..row });
         }
     }
@@ -294,11 +296,21 @@ impl Row {
         if kind == "pp" {
             return Self { predicted: rates_at(n).map(|r| r.1).filter(|_| depth == 0), ..row };
         }
-        let bytes_per_token = plan::token_bytes(engine.model(), engine.plan(), depth + n / 2);
-        let gb_per_s = bytes_per_token as f64 * median * 1e-9;
-        let share = median * plan::token_roof_seconds(engine.model(), engine.plan(), &loaded.machine, depth + n / 2);
-        let read = Some(Read { bytes_per_token, gb_per_s, share });
-        Self { predicted: rates_at(depth + n / 2).map(|r| r.0), read, ..row }
+        Self { predicted: rates_at(depth + n / 2).map(|r| r.0), ..row }
+    }
+
+    /// A generation's, with what it reads.
+    fn with_read(self, loaded: &Loaded, weights_gb_per_s: Vec<f64>) -> Self {
+        let (model, plan, machine) = (loaded.engine.model(), loaded.engine.plan(), &loaded.machine);
+        let n_past = self.depth + self.tokens / 2;
+        let share = |rate: f64, read: f64| rate * plan::token_roof_seconds(model, plan, machine, read, n_past);
+        let mut shares: Vec<f64> = self.rates.iter().zip(&weights_gb_per_s).map(|(&r, &read)| share(r, read)).collect();
+        if shares.is_empty() {
+            shares.push(share(self.median, machine.host.read_gb_per_s(plan.threads)));
+        }
+        let bytes_per_token = plan::token_bytes(model, plan, n_past);
+        let gb_per_s = bytes_per_token as f64 * self.median * 1e-9;
+        Self { read: Some(Read { bytes_per_token, gb_per_s, share: median(&shares), weights_gb_per_s }), ..self }
     }
 
     /// Lowest and highest rate.
@@ -316,9 +328,7 @@ fn peak_memory() -> Option<u64> {
 
 fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) -> anyhow::Result<()> {
     let (engine, host) = (&loaded.engine, &loaded.machine.host);
-    let (plan, peak) = (engine.plan(), peak_memory()); // before reading takes memory again
-    let after = if args.engine.measures_now() { machine::read_now(plan.threads, host.isa) } else { None };
-    let reading = Reading { before: host.read_gb_per_s(plan.threads), after };
+    let (plan, peak, reading) = (engine.plan(), peak_memory(), host.read_gb_per_s(engine.plan().threads));
     if args.json {
         let object = serde_json::json!({
             "model": plan.model,
@@ -381,15 +391,17 @@ fn report(args: &BenchArgs, loaded: &Loaded, rows: &[Row], memory: &[Memory]) ->
             writeln!(std::io::stdout(), "{}: experts on the GPU: {:.1} % of uses{predicted}", row.test, 100.0 * share)?;
         }
     }
-    let after = reading.after.map_or(String::new(), |rate| format!(" before, {rate:.1} after"));
+    let weights: Vec<f64> =
+        rows.iter().filter_map(|r| r.read.as_ref()).flat_map(|r| &r.weights_gb_per_s).copied().collect();
+    let weights = if weights.is_empty() { String::new() } else { format!(", the weights {:.1}", median(&weights)) };
     let peak = peak.map_or(String::new(), |b| format!(", peak memory {:.2} GiB", b as f64 / (1u64 << 30) as f64));
     writeln!(
         std::io::stdout(),
-        "{} | {} threads, {} reading {:.1} GB/s{after} | loaded in {:.2} s{peak} | {}",
+        "{} | {} threads, {} reading {:.1} GB/s{weights} | loaded in {:.2} s{peak} | {}",
         host.cpu,
         plan.threads,
         host.isa.name(),
-        reading.before,
+        reading,
         loaded.load_time.as_secs_f64(),
         *super::VERSION
     )?;

@@ -305,8 +305,9 @@ impl<'a> Summary<'a> {
     /// Of what was generated with `n_past` tokens in the context at the end.
     fn new(generated: &'a Generated, loaded: &Loaded, n_past: usize) -> Self {
         let rate = |n: usize, time: std::time::Duration| if n == 0 { 0.0 } else { n as f64 / time.as_secs_f64() };
-        let (model, plan) = (loaded.engine.model(), loaded.engine.plan());
+        let (model, plan, machine) = (loaded.engine.model(), loaded.engine.plan(), &loaded.machine);
         let generate_tok_s = rate(generated.n_steps, generated.step_time);
+        let read_gb_per_s = machine.host.read_gb_per_s(plan.threads);
         Self {
             stop: generated.stop,
             load_s: loaded.load_time.as_secs_f64(),
@@ -316,7 +317,7 @@ impl<'a> Summary<'a> {
             generate_tok_s,
             predicted_generate_tok_s: plan.prediction.generate_tok_s,
             gb_per_s: generate_tok_s * plan::token_bytes(model, plan, n_past) as f64 * 1e-9,
-            bandwidth_share: generate_tok_s * plan::token_roof_seconds(model, plan, &loaded.machine, n_past),
+            bandwidth_share: generate_tok_s * plan::token_roof_seconds(model, plan, machine, read_gb_per_s, n_past),
             experts_on_gpu: generated.expert_uses.share(),
             predicted_for_routing_tok_s: loaded.rate_for(&generated.expert_uses, n_past),
             text: &generated.text,

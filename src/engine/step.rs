@@ -253,6 +253,19 @@ impl Engine {
         cpu.chain(self.gpus.iter().map(|(device, b)| (*device, b.weight_bytes() as u64))).collect()
     }
 
+    /// GB/s at which the CPU's workers read the weights of a token in a plain loop, again and again for `seconds`; none
+    /// where they have none.
+    pub fn read_gb_per_s(&self, seconds: f64) -> Option<f64> {
+        let (cpu, start, mut bytes) = (self.cpu.as_ref()?, Instant::now(), 0);
+        for draw in 0.. {
+            bytes += cpu.read_weights(draw);
+            if start.elapsed().as_secs_f64() >= seconds {
+                break;
+            }
+        }
+        Some(bytes as f64 / start.elapsed().as_secs_f64() / 1e9).filter(|_| bytes > 0)
+    }
+
     /// Bytes that the engine and `states` have allocated, by device and pool of the plan. Buffers for loading count
     /// where they were beyond what states take now.
     pub fn bytes(&self, states: &States) -> Vec<(Device, Pool, u64)> {

@@ -7,7 +7,7 @@ mod known;
 mod probe;
 
 pub use known::{known, known_names};
-pub use probe::{Options, here, read_now};
+pub use probe::{Options, here};
 
 use serde::{Deserialize, Serialize};
 use tandem_cpu::Isa;

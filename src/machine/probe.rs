@@ -113,7 +113,7 @@ pub fn here(options: &Options) -> Machine {
 
 /// GB/s that `threads` threads read now, with the loads of `isa`; `None` where there is so little memory that they
 /// would read a cache.
-pub fn read_now(threads: usize, isa: Isa) -> Option<f64> {
+fn read_now(threads: usize, isa: Isa) -> Option<f64> {
     let bytes = bytes_to_read(memory().1);
     (bytes >= READ_BYTES / 2).then(|| read_rates([threads], bytes, isa)[0].gb_per_s)
 }

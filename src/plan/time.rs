@@ -265,11 +265,11 @@ pub fn token_bytes(model: &Model, plan: &Plan, n_past: usize) -> u64 {
     token_bytes_by_device(model, plan, n_past).iter().map(|(_, bytes)| bytes).sum::<f64>() as u64
 }
 
-/// Seconds in which the devices of `plan` could move the bytes of [`token_bytes`] at their measured bandwidths, one
-/// device after the other: a rate times this is the share of the roof.
-pub fn token_roof_seconds(model: &Model, plan: &Plan, facts: &Machine, n_past: usize) -> f64 {
+/// Seconds in which the devices of `plan` could move the bytes of [`token_bytes`], main memory at `read_gb_per_s`, GPUs
+/// at their measured bandwidths, one device after the other: a rate times this is the share of the roof.
+pub fn token_roof_seconds(model: &Model, plan: &Plan, facts: &Machine, read_gb_per_s: f64, n_past: usize) -> f64 {
     let gb_per_s = |device| match device {
-        Device::Cpu => facts.host.read_gb_per_s(plan.threads),
+        Device::Cpu => read_gb_per_s,
         Device::Cuda(i) => facts.gpus.get(i).map_or(f64::INFINITY, |gpu| gpu.bandwidth_gb_per_s),
     };
     token_bytes_by_device(model, plan, n_past).iter().map(|&(device, bytes)| bytes * 1e-9 / gb_per_s(device)).sum()

@@ -518,7 +518,11 @@ unsafe fn mul_float<S: Simd, W: Float>(m: &Matrix, panels: Range<usize>, x: &Act
             let whole = n_cols - n_cols % SUMS;
             for col in (0..whole).step_by(SUMS) {
                 for j in 0..SUMS {
-                    let w = W::load::<S>(p.add((col + j) * W::BYTES * S::LANES));
+                    let p = p.add((col + j) * W::BYTES * S::LANES);
+                    if T == 1 && (j * W::BYTES * S::LANES).is_multiple_of(64) {
+                        S::prefetch_behind(p);
+                    }
+                    let w = W::load::<S>(p);
                     for t in 0..T {
                         acc[t][j] = S::fma(w, S::splat(*x.add(t * n_cols + col + j)), acc[t][j]);
                     }
@@ -550,7 +554,10 @@ unsafe fn mul_float<S: Simd, W: Float>(m: &Matrix, panels: Range<usize>, x: &Act
             unsafe {
                 let x = floats.add(first * n_cols);
                 let put = |sums: &[S::F]| {
-                    sums.iter().enumerate().for_each(|(t, sum)| store::<S>(out, first + t, panel, m.n_rows, *sum));
+                    match sums {
+                        [sum] => store_one::<S>(out, first, panel, m.n_rows, *sum),
+                        _ => (0..sums.len()).for_each(|t| store::<S>(out, first + t, panel, m.n_rows, sums[t])),
+                    }
                     sums.len()
                 };
                 first += match n_tokens - first {
