@@ -11,7 +11,7 @@ use crate::head::HeadBlock;
 use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::{Pool, Worker};
-use crate::projection::{Projection, share_rows, vector};
+use crate::projection::{Projection, vector};
 use crate::read::read;
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
@@ -20,12 +20,15 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
 /// Rows of an embedding that one thread writes while the workers wake up.
 const EMBED_ALONE: usize = 8;
+
+/// Bytes of weights that a worker takes at a time where it only reads them.
+const READ_BYTES: usize = 256 << 10;
 
 /// How long workers look for a guess of the experts that they will be asked for: it may come a little later than they.
 const GUESS_TIME: Duration = Duration::from_micros(20);
@@ -266,19 +269,14 @@ impl Backend {
         }
     }
 
-    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of
-    /// each matrix: how fast the same weights could be read by a step that did nothing else. Mixtures choose other
-    /// experts with another `draw`. Returns the bytes.
+    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of all
+    /// of it and then what others have not come to: how fast a step that did nothing else could be. Mixtures choose
+    /// other experts with another `draw`. Returns the bytes.
     pub fn read_weights(&self, draw: usize) -> usize {
-        let bytes = AtomicUsize::new(0);
-        self.pool.run(|w| {
-            for p in self.blocks.iter().flatten().flat_map(|block| block.projections(draw)) {
-                let part = p.matrix.row_bytes(share_rows(w, w.index, p.n_out()));
-                read(self.isa, part);
-                bytes.fetch_add(part.len(), Ordering::Relaxed);
-            }
-        });
-        bytes.into_inner()
+        let all = self.blocks.iter().flatten().flat_map(|block| block.projections(draw));
+        let parts: Vec<&[u8]> = all.flat_map(|p| p.matrix.row_bytes(0..p.n_out()).chunks(READ_BYTES)).collect();
+        self.pool.run(|w| w.pieces(parts.len()).for_each(|i| read(self.isa, parts[i])));
+        parts.iter().map(|part| part.len()).sum()
     }
 
     /// Instruction set in use.
