@@ -430,7 +430,7 @@ impl<T: Element> Kernel for Attend<'_, T> {
                     stream_add_product::<V, T>([n_rows, d, n], (scores, KEYS), v, sums);
                 } else {
                     convert::<V, T>(v, converted, n * d);
-                    add_product::<V>([n_rows, d, n], (scores, [KEYS, 1]), (converted, d), (sums, d, 1.0));
+                    add_product::<V>([n_rows, d, n], (scores, KEYS), (converted, d), (sums, d));
                 }
             }
         }

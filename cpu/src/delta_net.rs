@@ -2,10 +2,10 @@
 //! convolution over it; one barrier; V heads are shared out, and each state is read and written once a step; one
 //! barrier; output projection; one barrier. A head's state is kept with a row per value element.
 //!
-//! A prompt takes the delta rule in chunks of [`TOKENS`] tokens, as products of small matrices that lie in the caches.
-//! Few tokens take the recurrent step, row by row of the state: four rows stay in the first-level cache meanwhile.
+//! Prompts take the recurrent step as well, row by row of the state: four rows stay in the first-level cache while
+//! up to [`TOKENS`] tokens pass.
 
-use crate::gemm::{add_product, prefetch, product_transposed};
+use crate::gemm::prefetch;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_run, vector};
@@ -16,27 +16,15 @@ use crate::{Error, Isa};
 use std::ops::Range;
 use tandem_spec::{DeltaNet, DeltaNetShape, Sequence, TensorSource, Weight};
 
-/// Tokens of a chunk, and that pass while rows of a state stay in the cache.
-const TOKENS: usize = 32;
-
-/// Tokens of a sequence from which on chunks are faster than one token after the other, although they need the state
-/// with a row per key element.
-const CHUNKS_FROM: usize = 16;
+/// Tokens that pass while rows of a state stay in the cache.
+const TOKENS: usize = 64;
 
 /// Rows of a state that are asked for ahead.
 const AHEAD: usize = 8;
 
-/// Elements of a worker's tile: normed k and q of [`TOKENS`] tokens, and three numbers a token; of chunks the state,
-/// what tokens add to it, and two products of each two tokens.
+/// Elements of a worker's tile: normed k and q of [`TOKENS`] tokens, and three numbers a token.
 pub(crate) fn tile_len(shape: &DeltaNetShape) -> usize {
-    let s = shape.head_dim;
-    TOKENS * (2 * s + 3) + s * state_stride(s) + TOKENS * (s + 2 * TOKENS)
-}
-
-/// Elements from one row of a chunk's state to the next: one line more than a row, so that a column of lines does not
-/// fall into few sets of a cache.
-fn state_stride(s: usize) -> usize {
-    s + 16
+    TOKENS * (2 * shape.head_dim + 3)
 }
 
 /// A gated-delta-net block.
@@ -172,19 +160,11 @@ impl DeltaNetBlock {
         let (n_channels, n_value, n_v_heads) = (self.shape.n_channels(), self.shape.n_value(), self.shape.n_v_heads);
         let at_key = self.shape.k_head(head) * s;
         let state = step.layout.slot(sequence.slot).start + recurrent + head * s * s;
-        let state = step.memory.ptr(state..state + s * s);
         let tile = step.tile(w);
         let (k, tile) = tile.split_at_mut(TOKENS * s);
         let (q, tile) = tile.split_at_mut(TOKENS * s);
         let (beta, tile) = tile.split_at_mut(TOKENS);
-        let (decay, tile) = tile.split_at_mut(TOKENS);
-        let (kq, tile) = tile.split_at_mut(TOKENS);
-        let (by_key, tile) = tile.split_at_mut(s * state_stride(s));
-        let in_chunks = sequence.n_tokens >= CHUNKS_FROM;
-        if in_chunks {
-            // SAFETY: the state is this worker's piece, the other rows are its own.
-            unsafe { transpose(s, (state, s), (by_key.as_mut_ptr(), state_stride(s))) };
-        }
+        let (decay, kq) = tile.split_at_mut(TOKENS);
         // SAFETY: nobody writes the wide scratch in this stage.
         let wide =
             |token: usize, start: usize, n: usize| unsafe { step.memory.read(step.wide(token, start..start + n)) };
@@ -202,51 +182,30 @@ impl DeltaNetBlock {
                 // softplus in the form that neither overflows nor loses small values.
                 let softplus = a.max(0.0) + (-a.abs()).exp().ln_1p();
                 decay[i] = (self.ssm_a[head] * softplus).exp();
+                kq[i] = k.iter().zip(&*q).map(|(k, q)| k * q).sum();
             }
             let value = 2 * n_keys + head * s;
             let out = head * s..(head + 1) * s;
-            let tokens = Tokens {
+            let delta = Delta {
                 s,
-                n,
+                n_tokens: n,
+                state: step.memory.ptr(state..state + s * s),
                 k,
                 q,
                 beta,
                 decay,
+                kq,
                 v: wide(start, value, s).as_ptr(),
                 v_stride: step.layout.wide_len,
                 out: step.memory.ptr(step.mixed(start, out.clone()).start..step.mixed(start + n - 1, out.clone()).end),
                 out_stride: step.layout.mixed_len,
             };
-            if in_chunks {
-                simd::run(step.isa, s, Chunk { tokens, state: by_key, tile, weights: kq });
-            } else {
-                simd::run(step.isa, s, Recurrent { tokens, state, kq });
-            }
+            simd::run(step.isa, s, delta);
             for token in start..start + n {
                 // SAFETY: this head of these tokens is this worker's piece.
                 let o = unsafe { step.memory.write(step.mixed(token, out.clone())) };
                 let z = wide(token, n_channels + head * s, s);
                 gated_norm(step.isa, o, &self.ssm_norm, z, self.shape.rms_eps);
-            }
-        }
-        if in_chunks {
-            // SAFETY: as above.
-            unsafe { transpose(s, (by_key.as_ptr(), state_stride(s)), (state, s)) };
-        }
-    }
-}
-
-/// `to[j][i] = from[i][j]` for `[s, s]` elements, rows the given elements apart.
-///
-/// # Safety
-/// The pointers hold these shapes, and nobody else uses them.
-unsafe fn transpose(s: usize, (from, from_stride): (*const f32, usize), (to, to_stride): (*mut f32, usize)) {
-    const SIDE: usize = 16;
-    for row in (0..s).step_by(SIDE) {
-        for col in 0..s {
-            for row in row..s.min(row + SIDE) {
-                // SAFETY: rows and columns are below s.
-                unsafe { *to.add(col * to_stride + row) = *from.add(row * from_stride + col) };
             }
         }
     }
@@ -307,57 +266,45 @@ impl<const KERNEL: usize> Kernel for Convolve<'_, KERNEL> {
     }
 }
 
-/// Tokens that the delta rule of one head takes: per token `d = beta (v - g S k)`, `S = g S + d k^T`, `o = S q`.
-struct Tokens<'a> {
+/// The delta rule of one head: per token `d = beta (v - g S k)`, `S = g S + d k^T`, `o = S q`.
+struct Delta<'a> {
     s: usize,
-    n: usize,
-    /// `[n, S]`.
-    k: &'a mut [f32],
-    /// `[n, S]`; what is left in it is of no use.
-    q: &'a mut [f32],
-    /// `[n]`.
+    n_tokens: usize,
+    /// `[S, S]`: rows are value elements, columns key elements.
+    state: *mut f32,
+    /// `[n_tokens, S]`.
+    k: &'a [f32],
+    /// `[n_tokens, S]`.
+    q: &'a [f32],
+    /// `[n_tokens]`.
     beta: &'a [f32],
-    /// `[n]`: `exp(g)`.
+    /// `[n_tokens]`: `exp(g)`.
     decay: &'a [f32],
-    /// `[n, S]`, rows `v_stride` apart.
+    /// `[n_tokens]`: `k . q`.
+    kq: &'a [f32],
+    /// `[n_tokens, S]`, rows `v_stride` apart.
     v: *const f32,
     v_stride: usize,
-    /// `[n, S]`, rows `out_stride` apart.
+    /// `[n_tokens, S]`, rows `out_stride` apart.
     out: *mut f32,
     out_stride: usize,
 }
 
-impl Tokens<'_> {
-    fn check<V: Simd>(&self) {
-        let (s, n) = (self.s, self.n);
-        assert!(s.is_multiple_of(V::LANES) && self.k.len() >= n * s && self.q.len() >= n * s);
-        assert!(self.beta.len() >= n && self.decay.len() >= n);
-    }
-}
-
-/// The delta rule, one token after the other.
-struct Recurrent<'a> {
-    tokens: Tokens<'a>,
-    /// `[S, S]`: rows are value elements, columns key elements.
-    state: *mut f32,
-    /// `[n]`, for `k . q`.
-    kq: &'a mut [f32],
-}
-
-impl Recurrent<'_> {
+impl Delta<'_> {
     /// Value elements `row..row + 4`, or as many as there are.
     ///
     /// # Safety
     /// The pointers hold the shapes above; `row + ROWS <= S`.
     #[inline(always)]
     unsafe fn rows<V: Simd, const ROWS: usize>(&self, row: usize) {
-        let Tokens { s, n, ref k, ref q, beta, decay, v, v_stride, out, out_stride } = self.tokens;
-        // SAFETY: rows are below S, columns are whole vectors below S, tokens below `n`, whose slices `run` checked.
+        let s = self.s;
+        // SAFETY: rows are below S, columns are whole vectors below S, tokens below `n_tokens`, whose slices `run`
+        // checked.
         unsafe {
             let state = self.state.add(row * s);
             prefetch(state.wrapping_add(AHEAD * s), ROWS * s);
-            for t in 0..n {
-                let (k, q) = (k.as_ptr().add(t * s), q.as_ptr().add(t * s));
+            for t in 0..self.n_tokens {
+                let (k, q) = (self.k.as_ptr().add(t * s), self.q.as_ptr().add(t * s));
                 let (mut sk, mut sq) = ([V::splat(0.0); 4], [V::splat(0.0); 4]);
                 for i in (0..s).step_by(V::LANES) {
                     let (k, q) = (V::load(k.add(i)), V::load(q.add(i)));
@@ -368,11 +315,11 @@ impl Recurrent<'_> {
                     }
                 }
                 let (sk, sq) = (V::sums(sk), V::sums(sq));
-                let (g, beta, kq) = (decay[t], beta[t], self.kq[t]);
+                let (g, beta, kq) = (self.decay[t], self.beta[t], self.kq[t]);
                 let mut d = [0f32; ROWS];
                 for r in 0..ROWS {
-                    d[r] = beta * (*v.add(t * v_stride + row + r) - g * sk[r]);
-                    *out.add(t * out_stride + row + r) = g * sq[r] + d[r] * kq;
+                    d[r] = beta * (*self.v.add(t * self.v_stride + row + r) - g * sk[r]);
+                    *self.out.add(t * self.out_stride + row + r) = g * sq[r] + d[r] * kq;
                 }
                 let g = V::splat(g);
                 for i in (0..s).step_by(V::LANES) {
@@ -387,16 +334,13 @@ impl Recurrent<'_> {
     }
 }
 
-impl Kernel for Recurrent<'_> {
+impl Kernel for Delta<'_> {
     type Output = ();
     #[inline(always)]
     fn run<V: Simd>(self) {
-        self.tokens.check::<V>();
-        let (s, n) = (self.tokens.s, self.tokens.n);
-        let pairs = self.tokens.k.chunks_exact(s).zip(self.tokens.q.chunks_exact(s));
-        for ((k, q), kq) in pairs.zip(&mut self.kq[..n]) {
-            *kq = k.iter().zip(q).map(|(k, q)| k * q).sum();
-        }
+        let (s, n) = (self.s, self.n_tokens);
+        assert!(s.is_multiple_of(V::LANES) && self.k.len() >= n * s && self.q.len() >= n * s);
+        assert!(self.beta.len() >= n && self.decay.len() >= n && self.kq.len() >= n);
         // SAFETY: the caller made the pointers from ranges of shared memory with these shapes; rows stay below S.
         unsafe {
             for row in (0..s / 4 * 4).step_by(4) {
@@ -405,85 +349,6 @@ impl Kernel for Recurrent<'_> {
             for row in s / 4 * 4..s {
                 self.rows::<V, 1>(row);
             }
-        }
-    }
-}
-
-/// The delta rule, all tokens together (docs/model-spec.md, section 7): what tokens do to each other is in products of
-/// their keys and queries, so that the state is multiplied with all of them at once and written once.
-struct Chunk<'a> {
-    tokens: Tokens<'a>,
-    /// `[S, S]`, rows [`state_stride`] apart: rows are key elements, columns value elements.
-    state: &'a mut [f32],
-    /// `[n, S]` and twice `[n, n]`.
-    tile: &'a mut [f32],
-    /// `[n]`.
-    weights: &'a mut [f32],
-}
-
-impl Kernel for Chunk<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<V: Simd>(self) {
-        self.tokens.check::<V>();
-        let Tokens { s, n, k, q, beta, decay, v, v_stride, out, out_stride } = self.tokens;
-        let state = (self.state[..s * state_stride(s)].as_mut_ptr(), state_stride(s));
-        let (d, tile) = self.tile.split_at_mut(n * s);
-        let (kk, tile) = tile.split_at_mut(n * n);
-        let qk = &mut tile[..n * n];
-        // SAFETY: the caller made the pointers from ranges of shared memory with these shapes, which `check` compared
-        // with the slices; tokens stay below `n`, columns are whole vectors below S.
-        unsafe {
-            product_transposed::<V>([n, n, s], (k.as_ptr(), s), (k.as_ptr(), s), (kk.as_mut_ptr(), n));
-            product_transposed::<V>([n, n, s], (q.as_ptr(), s), (k.as_ptr(), s), (qk.as_mut_ptr(), n));
-            // `since[j]`: the decay of what token `j` added, `total` of what was there before.
-            let (since, mut total) = (&mut self.weights[..n], 1.0);
-            d.fill(0.0);
-            add_product::<V>([n, s, s], (k.as_ptr(), [s, 1]), (state.0, state.1), (d.as_mut_ptr(), s, 1.0));
-            for t in 0..n {
-                total *= decay[t];
-                since[t] = 1.0;
-                for j in 0..t {
-                    since[j] *= decay[t];
-                    kk[t * n + j] *= -beta[t] * since[j];
-                    qk[t * n + j] *= since[j];
-                }
-                qk[t * n + t + 1..(t + 1) * n].fill(0.0);
-                let (decayed, taken) = (V::splat(total), V::splat(-beta[t] * total));
-                for i in (0..s).step_by(V::LANES) {
-                    let (q, d) = (q.as_mut_ptr().add(t * s + i), d.as_mut_ptr().add(t * s + i));
-                    V::load(q).mul(decayed).store(q);
-                    V::load(d).mul_add(taken, V::load(v.add(t * v_stride + i)).mul(V::splat(beta[t]))).store(d);
-                    V::splat(0.0).store(out.add(t * out_stride + i));
-                }
-            }
-            // d of a token takes off what those before it have added; of four tokens, first of all before these.
-            // What tokens before have added is taken off; that of earlier fours from four tokens together. A loop, and
-            // not a closure, which would be compiled without the instruction set.
-            for t in 0..n {
-                let first = t / 4 * 4;
-                let four = first..n.min(first + 4);
-                let of_fours = if t == first { Some((four, 0..first)) } else { None };
-                for (rows, before) in of_fours.into_iter().chain([(t..t + 1, first..t)]) {
-                    let weights = (kk.as_ptr().add(rows.start * n + before.start), [n, 1]);
-                    let (from, to) = (d.as_ptr().add(before.start * s), d.as_mut_ptr().add(rows.start * s));
-                    add_product::<V>([rows.len(), s, before.len()], weights, (from, s), (to, s, 1.0));
-                }
-            }
-            add_product::<V>([n, s, s], (q.as_ptr(), [s, 1]), (state.0, state.1), (out, out_stride, 1.0));
-            for first in (0..n).step_by(4) {
-                let end = n.min(first + 4);
-                let weights = (qk.as_ptr().add(first * n), [n, 1]);
-                let to = (out.add(first * out_stride), out_stride, 1.0);
-                add_product::<V>([end - first, s, end], weights, (d.as_ptr(), s), to);
-            }
-            for t in 0..n {
-                for i in (0..s).step_by(V::LANES) {
-                    let d = d.as_mut_ptr().add(t * s + i);
-                    V::load(d).mul(V::splat(since[t])).store(d);
-                }
-            }
-            add_product::<V>([s, s, n], (k.as_ptr(), [1, s]), (d.as_ptr(), s), (state.0, state.1, total));
         }
     }
 }

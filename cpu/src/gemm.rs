@@ -99,32 +99,31 @@ pub(crate) unsafe fn product_transposed<V: Simd>(
     }
 }
 
-/// `c[i][j] = factor * c[i][j] + sum_k a[i][k] * b[k][j]` for `a` `[m, k]` with elements of the given distances, `b`
-/// `[k, n]`; rows of `b` and `c` `ldb` and `ldc` apart.
+/// `c[i][j] += sum_k a[i][k] * b[k][j]` for `a` `[m, k]`, `b` `[k, n]`; rows `lda`, `ldb`, `ldc` apart.
 ///
 /// # Safety
 /// The pointers hold these shapes, and `n` is a multiple of `V::LANES`.
 #[inline(always)]
 pub(crate) unsafe fn add_product<V: Simd>(
     [m, n, k]: [usize; 3],
-    (a, distances): (*const f32, [usize; 2]),
+    (a, lda): (*const f32, usize),
     (b, ldb): (*const f32, usize),
-    (c, ldc, factor): (*mut f32, usize, f32),
+    (c, ldc): (*mut f32, usize),
 ) {
     /// Rows `0..ROWS` times columns `0..COLS * LANES`.
     #[inline(always)]
     unsafe fn block<V: Simd, const ROWS: usize, const COLS: usize>(
         k: usize,
-        (a, distances): (*const f32, [usize; 2]),
+        (a, lda): (*const f32, usize),
         (b, ldb): (*const f32, usize),
-        (c, ldc, factor): (*mut f32, usize, f32),
+        (c, ldc): (*mut f32, usize),
     ) {
         // SAFETY: the caller's shapes include ROWS rows and COLS vectors here.
         unsafe {
             let mut sums = [[V::splat(0.0); COLS]; ROWS];
             for row in 0..ROWS {
                 for col in 0..COLS {
-                    sums[row][col] = V::load(c.add(row * ldc + col * V::LANES)).mul(V::splat(factor));
+                    sums[row][col] = V::load(c.add(row * ldc + col * V::LANES));
                 }
             }
             for i in 0..k {
@@ -133,7 +132,7 @@ pub(crate) unsafe fn add_product<V: Simd>(
                     values[col] = V::load(b.add(i * ldb + col * V::LANES));
                 }
                 for row in 0..ROWS {
-                    let a = V::splat(*a.add(row * distances[0] + i * distances[1]));
+                    let a = V::splat(*a.add(row * lda + i));
                     for col in 0..COLS {
                         sums[row][col] = values[col].mul_add(a, sums[row][col]);
                     }
@@ -146,36 +145,35 @@ pub(crate) unsafe fn add_product<V: Simd>(
             }
         }
     }
-    /// Columns `0..COLS * LANES`: their part of `b` stays in the first-level cache while rows pass.
     #[inline(always)]
-    unsafe fn columns<V: Simd, const COLS: usize>(
-        m: usize,
+    unsafe fn rows<V: Simd, const ROWS: usize>(
+        n: usize,
         k: usize,
-        (a, distances): (*const f32, [usize; 2]),
-        b: (*const f32, usize),
-        (c, ldc, factor): (*mut f32, usize, f32),
+        a: (*const f32, usize),
+        (b, ldb): (*const f32, usize),
+        (c, ldc): (*mut f32, usize),
     ) {
-        for row in (0..m).step_by(4) {
-            // SAFETY: rows stay below m.
-            unsafe {
-                let (a, c) = ((a.add(row * distances[0]), distances), (c.add(row * ldc), ldc, factor));
-                match m - row {
-                    1 => block::<V, 1, COLS>(k, a, b, c),
-                    2 => block::<V, 2, COLS>(k, a, b, c),
-                    3 => block::<V, 3, COLS>(k, a, b, c),
-                    _ => block::<V, 4, COLS>(k, a, b, c),
-                }
+        let whole = n - n % (2 * V::LANES);
+        // SAFETY: columns stay below n.
+        unsafe {
+            for col in (0..whole).step_by(2 * V::LANES) {
+                block::<V, ROWS, 2>(k, a, (b.add(col), ldb), (c.add(col), ldc));
+            }
+            for col in (whole..n).step_by(V::LANES) {
+                block::<V, ROWS, 1>(k, a, (b.add(col), ldb), (c.add(col), ldc));
             }
         }
     }
-    let whole = n - n % (2 * V::LANES);
-    // SAFETY: columns stay below n.
-    unsafe {
-        for col in (0..whole).step_by(2 * V::LANES) {
-            columns::<V, 2>(m, k, (a, distances), (b.add(col), ldb), (c.add(col), ldc, factor));
-        }
-        for col in (whole..n).step_by(V::LANES) {
-            columns::<V, 1>(m, k, (a, distances), (b.add(col), ldb), (c.add(col), ldc, factor));
+    for row in (0..m).step_by(4) {
+        // SAFETY: rows stay below m.
+        unsafe {
+            let (a, c) = ((a.add(row * lda), lda), (c.add(row * ldc), ldc));
+            match m - row {
+                1 => rows::<V, 1>(n, k, a, (b, ldb), c),
+                2 => rows::<V, 2>(n, k, a, (b, ldb), c),
+                3 => rows::<V, 3>(n, k, a, (b, ldb), c),
+                _ => rows::<V, 4>(n, k, a, (b, ldb), c),
+            }
         }
     }
 }
