@@ -184,7 +184,7 @@ impl DeltaNetBlock {
                 decay[i] = (self.ssm_a[head] * softplus).exp();
                 kq[i] = k.iter().zip(&*q).map(|(k, q)| k * q).sum();
             }
-            let value = 2 * n_keys + head * s;
+            let values = 2 * n_keys + head * s..2 * n_keys + (head + 1) * s;
             let out = head * s..(head + 1) * s;
             let delta = Delta {
                 s,
@@ -195,7 +195,7 @@ impl DeltaNetBlock {
                 beta,
                 decay,
                 kq,
-                v: wide(start, value, s).as_ptr(),
+                v: step.memory.ptr(step.wide(start, values.clone()).start..step.wide(start + n - 1, values).end),
                 v_stride: step.layout.wide_len,
                 out: step.memory.ptr(step.mixed(start, out.clone()).start..step.mixed(start + n - 1, out.clone()).end),
                 out_stride: step.layout.mixed_len,

@@ -7,7 +7,7 @@ use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, for_each_run, share_rows, vector};
+use crate::projection::{Cut, Projection, ROWS, for_each_run, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -297,7 +297,7 @@ impl MoeBlock {
         // One token: a worker has the same rows of whatever experts are chosen. Many: an expert's rows of activations
         // stay in a cache while its weights pass.
         let n_owners = if alone { w.n_workers() } else { 1 };
-        let n_pieces = (n_ff.max(n_ff_shared).div_ceil(32).div_ceil(n_owners) * 32).div_ceil(cut.rows); // of a unit
+        let n_pieces = (n_ff.max(n_ff_shared).div_ceil(ROWS).div_ceil(n_owners) * ROWS).div_ceil(cut.rows); // of a unit
         let unit_runs = w.runs(n_owners * n_units * n_pieces, cut.longest).flat_map(|run| {
             (run.start / n_pieces..run.end.div_ceil(n_pieces)).map(move |unit| {
                 let first = unit * n_pieces;

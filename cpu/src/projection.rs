@@ -132,10 +132,13 @@ impl Kernel for ScaleAndShift<'_> {
     }
 }
 
+/// Rows of the smallest piece: whole panels of every layout and whole blocks of activations.
+pub(crate) const ROWS: usize = 32;
+
 /// How the rows of a stage are cut into pieces, and how many of them a worker takes at a time.
 #[derive(Clone, Copy)]
 pub(crate) struct Cut {
-    /// Rows of a piece, a multiple of 32: whole panels of every layout and whole blocks of activations.
+    /// Rows of a piece, a multiple of [`ROWS`].
     pub rows: usize,
     /// Pieces of a run at most.
     pub longest: usize,
@@ -149,10 +152,13 @@ impl Cut {
     pub fn new(total: usize, n_workers: usize, n_tokens: usize) -> Self {
         match n_tokens {
             1 => {
-                let longest = (total / 32).div_ceil(n_workers * n_workers).clamp(1, MAX_RUN_ROWS / 32);
-                Self { rows: 32, longest }
+                let longest = (total / ROWS).div_ceil(n_workers * n_workers).clamp(1, MAX_RUN_ROWS / ROWS);
+                Self { rows: ROWS, longest }
             }
-            _ => Self { rows: (total / (16 * n_workers)).next_multiple_of(32).clamp(32, MAX_PIECE_ROWS), longest: 1 },
+            _ => {
+                let rows = (total / (16 * n_workers)).next_multiple_of(ROWS).clamp(ROWS, MAX_PIECE_ROWS);
+                Self { rows, longest: 1 }
+            }
         }
     }
 
@@ -165,8 +171,8 @@ impl Cut {
 /// Of `n` rows that are multiplied with one row of activations, those that worker number `worker` is given unless
 /// another helps it.
 pub(crate) fn share_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
-    let pieces = w.share_of(worker, n.div_ceil(32));
-    n.min(pieces.start * 32)..n.min(pieces.end * 32)
+    let pieces = w.share_of(worker, n.div_ceil(ROWS));
+    n.min(pieces.start * ROWS)..n.min(pieces.end * ROWS)
 }
 
 /// Most rows of a piece for several rows of activations: what tiles have room for.

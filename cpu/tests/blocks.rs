@@ -205,7 +205,7 @@ fn planned_bytes_are_allocated_bytes() {
 }
 
 /// Any number of workers reads all matrices but the embedding table once, and of a mixture as many experts as a token
-/// has, whichever they are.
+/// has.
 #[test]
 fn all_weights_of_a_token_are_read() {
     let isa = Isa::detect();

@@ -259,7 +259,7 @@ impl Engine {
         let (cpu, start, mut bytes) = (self.cpu.as_ref()?, Instant::now(), 0);
         for draw in 0.. {
             bytes += cpu.read_weights(draw);
-            if start.elapsed().as_secs_f64() >= seconds {
+            if bytes == 0 || start.elapsed().as_secs_f64() >= seconds {
                 break;
             }
         }
