@@ -293,6 +293,10 @@ unsafe fn add_products<Q: Quant, const N: usize>(
 pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     /// Blocks of 32 columns whose products are added together, so that sums are loaded and stored once for them.
     const TOGETHER: usize = 4;
+    /// Most rows of activations that share decoded weights here, where the sums of all of them are used for every 128
+    /// columns: they stay in the first-level cache. Of 3584 columns 61 to 67 % of what `vpdpbusd` gives from registers
+    /// (two cores of a Sapphire Rapids, Q8_0, 512 rows), 55 to 62 % with 320.
+    const MOST_SCALED: usize = 192;
     let (n_blocks, block_bytes, n_tokens) = (m.n_cols / BLOCK_LEN, Q::BLOCK_BYTES * ROWS, x.n_rows());
     let (x, codes, panel_bytes) = (x.blocks(), x.block_codes(), n_blocks / Q::TILES * block_bytes);
     // SAFETY: `x` are the blocks `[n_blocks, n_tokens]` of the activations, `codes` their codes and at least 31 behind
@@ -300,7 +304,7 @@ pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &A
     // sets.
     unsafe {
         let tiles = Tiles::new(BLOCK_LEN);
-        let together = tokens_together(m.n_cols);
+        let together = tokens_together(m.n_cols).min(MOST_SCALED);
         for first in (0..n_tokens).step_by(together) {
             let n = together.min(n_tokens - first);
             for panel in panels.clone() {
