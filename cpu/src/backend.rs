@@ -269,9 +269,10 @@ impl Backend {
         }
     }
 
-    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of each
-    /// matrix and then what others have not come to: how fast a step that did nothing else could be. Mixtures choose
-    /// other experts with another `draw`. Returns the bytes of all parts; of each the last `len % 512` are left out.
+    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of
+    /// each matrix and then what others have not come to: how fast a step that did nothing else could be. Mixtures
+    /// choose other experts with another `draw`. Returns the bytes of all parts; of each the last `len % 512` are left
+    /// out.
     pub fn read_weights(&self, draw: usize) -> usize {
         let all: Vec<&Projection> = self.blocks.iter().flatten().flat_map(|block| block.projections(draw)).collect();
         let share = |worker: usize, p: &&Projection| rows_of_worker(worker, self.n_threads(), p.n_out());

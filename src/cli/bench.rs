@@ -70,8 +70,8 @@ struct Row {
 /// Bytes that one generated token moves, the rate that this makes, and its share of the bandwidth: of each repetition
 /// against what a plain loop read of the same weights right after it, since others on the machine change that from
 /// second to second; the median. Against the bandwidth that the plan was made with where the facts are of another
-/// machine, and where the CPU has no weights. The loop takes other experts each time, a text some of them again; weights
-/// that a cache holds are read from there by both.
+/// machine, and where the CPU has no weights. The loop takes other experts each time, a text some of them again;
+/// weights that a cache holds are read from there by both.
 #[derive(serde::Serialize)]
 struct Read {
     bytes_per_token: u64,
