@@ -11,7 +11,7 @@ use crate::head::HeadBlock;
 use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::{Pool, Worker};
-use crate::projection::{Projection, rows_of_worker, vector};
+use crate::projection::{Projection, vector};
 use crate::read::read;
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
@@ -269,16 +269,12 @@ impl Backend {
         }
     }
 
-    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of
-    /// each matrix and then what others have not come to: how fast a step that did nothing else could be. Mixtures
-    /// choose other experts with another `draw`. Returns the bytes of all parts; of each the last `len % 512` are left
-    /// out.
+    /// Reads what one token multiplies with in the loop of [`ReadTest`](crate::ReadTest), every worker its share of all
+    /// of it and then what others have not come to: how fast a step that did nothing else could be. Mixtures choose
+    /// other experts with another `draw`. Returns the bytes of all parts; of each the last `len % 512` are left out.
     pub fn read_weights(&self, draw: usize) -> usize {
-        let all: Vec<&Projection> = self.blocks.iter().flatten().flat_map(|block| block.projections(draw)).collect();
-        let share = |worker: usize, p: &&Projection| rows_of_worker(worker, self.n_threads(), p.n_out());
-        let of_worker = |worker: usize| all.iter().map(move |p| p.matrix.row_bytes(share(worker, p)));
-        let parts: Vec<&[u8]> =
-            (0..self.n_threads()).flat_map(of_worker).flat_map(|bytes| bytes.chunks(READ_BYTES)).collect();
+        let all = self.blocks.iter().flatten().flat_map(|block| block.projections(draw));
+        let parts: Vec<&[u8]> = all.flat_map(|p| p.matrix.row_bytes(0..p.n_out()).chunks(READ_BYTES)).collect();
         let bytes = AtomicUsize::new(0);
         self.pool.run(|w| {
             for i in w.pieces(parts.len()) {

@@ -195,7 +195,7 @@ impl Worker<'_> {
         std::iter::from_fn(move || {
             while helped < self.n_workers() {
                 let owner = (self.index + helped) % self.n_workers();
-                let (share, taken) = (share(owner, self.n_workers(), n), &taken[owner].0);
+                let (share, taken) = (self.share_of(owner, n), &taken[owner].0);
                 let end = |first| first + run_len(share.len() - first, longest);
                 let take = |first| (first < share.len()).then(|| end(first));
                 if let Ok(first) = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
@@ -224,13 +224,13 @@ impl Worker<'_> {
 
     /// This worker's share of `0..n`: contiguous, the same for the same worker every time.
     pub fn share(&self, n: usize) -> Range<usize> {
-        share(self.index, self.n_workers(), n)
+        self.share_of(self.index, n)
     }
-}
 
-/// The part of `0..n` of worker number `worker` of `n_workers`.
-pub(crate) fn share(worker: usize, n_workers: usize, n: usize) -> Range<usize> {
-    n * worker / n_workers..n * (worker + 1) / n_workers
+    /// [`Worker::share`] of worker number `worker`.
+    pub fn share_of(&self, worker: usize, n: usize) -> Range<usize> {
+        n * worker / self.n_workers()..n * (worker + 1) / self.n_workers()
+    }
 }
 
 #[cfg(test)]

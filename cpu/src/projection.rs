@@ -1,7 +1,7 @@
 //! Projections `y = scale * (W . x) + bias` on packed matrices, and the cutting of their rows into pieces for
 //! workers. Owns no memory but the weights.
 
-use crate::pool::{Worker, share};
+use crate::pool::Worker;
 use crate::simd::{self, Kernel, Simd, for_lanes};
 use crate::{Activations, Error, Forms, Isa, Matrix, OutRows};
 use std::ops::Range;
@@ -171,12 +171,7 @@ impl Cut {
 /// Of `n` rows that are multiplied with one row of activations, those that worker number `worker` is given unless
 /// another helps it.
 pub(crate) fn share_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
-    rows_of_worker(worker, w.n_workers(), n)
-}
-
-/// [`share_rows`] of `n_workers` workers.
-pub(crate) fn rows_of_worker(worker: usize, n_workers: usize, n: usize) -> Range<usize> {
-    let pieces = share(worker, n_workers, n.div_ceil(ROWS));
+    let pieces = w.share_of(worker, n.div_ceil(ROWS));
     n.min(pieces.start * ROWS)..n.min(pieces.end * ROWS)
 }
 
