@@ -202,28 +202,35 @@ pub(super) unsafe fn mul_super<Q: SuperQuant>(m: &Matrix, panels: Range<usize>, 
     }
 }
 
-/// Products over 32 columns: the codes `w` `[8, 16, 4]` of a panel with the codes at `x` of 16 rows.
+/// Products over 32 columns: the codes `[8, 16, 4]` of two panels with the codes at `x` of 16 rows.
 ///
 /// # Safety
 /// The pointers hold these shapes, and tiles are configured.
 #[inline(always)]
-unsafe fn multiply_32(w: &[__m512i; 8], x: *const BlockCodes, out: *mut Products) {
+unsafe fn multiply_32([w0, w1]: [&[__m512i; 8]; 2], x: *const BlockCodes, out: *mut [Products; 2]) {
     // SAFETY: as the caller promises.
     unsafe {
         asm!(
             "tileloadd tmm1, [{x} + {x_row}*1]",
-            "tileloadd tmm2, [{w} + {row}*1]",
+            "tileloadd tmm2, [{w0} + {row}*1]",
             "tilezero tmm0",
+            "tilezero tmm3",
             "tdpbssd tmm0, tmm1, tmm2",
+            "tileloadd tmm5, [{w1} + {row}*1]",
+            "tdpbssd tmm3, tmm1, tmm5",
             "tilestored [{out} + {row}*1], tmm0",
+            "tilestored [{out} + {row}*1 + 1024], tmm3",
             x = in(reg) x,
-            w = in(reg) w,
+            w0 = in(reg) w0,
+            w1 = in(reg) w1,
             x_row = in(reg) size_of::<BlockCodes>(),
             row = in(reg) 64usize,
             out = in(reg) out,
             out("tmm0") _,
             out("tmm1") _,
             out("tmm2") _,
+            out("tmm3") _,
+            out("tmm5") _,
             options(nostack),
         );
     }
@@ -244,58 +251,62 @@ unsafe fn decode<Q: Quant>(p: *const u8, k: usize) -> Decoded<Avx512> {
     }
 }
 
-/// Adds the products of columns `32 k ..` of the panel at `p`, `N` blocks of 32, with the rows of activations from `x`
-/// and `codes`, blocks `stride` apart, to `acc`, a sum for each of these rows.
+/// Adds the products of columns `32 k ..` of the panels at `panels`, `N` blocks of 32, with the rows of activations
+/// from `x` and `codes`, blocks `stride` apart, to `acc`, sums of both panels for each of these rows.
 ///
 /// # Safety
 /// The pointers hold these shapes, with codes for whole tiles of rows; tiles are configured.
 #[inline(always)]
 unsafe fn add_products<Q: Quant, const N: usize>(
-    p: *const u8,
+    panels: [*const u8; 2],
     k: usize,
     (x, codes, stride): (*const Block, *const BlockCodes, usize),
-    acc: &mut [__m512],
+    acc: &mut [[__m512; 2]],
 ) {
     // SAFETY: as the caller promises.
     unsafe {
-        // A loop, and not a closure, which would be compiled without the instruction set.
-        let mut weights = [const { MaybeUninit::<Decoded<Avx512>>::uninit() }; N];
+        // Loops, and not closures, which would be compiled without the instruction set.
+        let mut weights = [const { MaybeUninit::<[Decoded<Avx512>; 2]>::uninit() }; N];
         for (i, w) in weights.iter_mut().enumerate() {
-            w.write(decode::<Q>(p, k + i));
+            w.write([decode::<Q>(panels[0], k + i), decode::<Q>(panels[1], k + i)]);
         }
-        let weights: *const Decoded<Avx512> = weights.as_ptr().cast();
-        let mut products = MaybeUninit::<[Products; N]>::uninit();
-        let products: *mut Products = products.as_mut_ptr().cast();
+        let weights: *const [Decoded<Avx512>; 2] = weights.as_ptr().cast();
+        let mut products = MaybeUninit::<[[Products; 2]; N]>::uninit();
+        let products: *mut [Products; 2] = products.as_mut_ptr().cast();
         for (i, acc) in acc.chunks_mut(ROWS).enumerate() {
             let (x, codes) = (x.add(i * ROWS), codes.add(i * ROWS));
             for k in 0..N {
-                multiply_32(&(*weights.add(k)).w, codes.add(k * stride), products.add(k));
+                let [w0, w1] = &*weights.add(k);
+                multiply_32([&w0.w, &w1.w], codes.add(k * stride), products.add(k));
             }
             for (t, acc) in acc.iter_mut().enumerate() {
                 for k in 0..N {
-                    let (w, x) = (&*weights.add(k), x.add(k * stride + t));
-                    if Q::Tile::<Avx512>::ZERO.is_none() {
-                        *acc = _mm512_fmadd_ps(w.offset, _mm512_set1_ps((*x).sum), *acc);
+                    let (w, products, x) = (&*weights.add(k), &*products.add(k), x.add(k * stride + t));
+                    let (scale, sum) = (_mm512_set1_ps((*x).scale), _mm512_set1_ps((*x).sum));
+                    for p in 0..2 {
+                        if Q::Tile::<Avx512>::ZERO.is_none() {
+                            acc[p] = _mm512_fmadd_ps(w[p].offset, sum, acc[p]);
+                        }
+                        let dot = _mm512_cvtepi32_ps(products[p].0[t]);
+                        acc[p] = _mm512_fmadd_ps(dot, _mm512_mul_ps(w[p].scale, scale), acc[p]);
                     }
-                    let dot = _mm512_cvtepi32_ps((*products.add(k)).0[t]);
-                    *acc = _mm512_fmadd_ps(dot, _mm512_mul_ps(w.scale, _mm512_set1_ps((*x).scale)), *acc);
                 }
             }
         }
     }
 }
 
-/// Multiplies panels of a type with scales of its own for every 32 columns.
+/// Multiplies panels of a type with scales of its own for every 32 columns, two at a time: they share the tiles and
+/// scales of the activations. Of an odd number the last one is its own second.
 ///
 /// # Safety
 /// The caller has AMX and AVX-512, and compared the shapes.
 #[inline(always)]
 pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &Activations, out: &OutRows) {
     /// Blocks of 32 columns whose products are added together, so that sums are loaded and stored once for them.
-    const TOGETHER: usize = 4;
-    /// Most rows of activations that share decoded weights here, where the sums of all of them are used for every 128
-    /// columns: they stay in the first-level cache. Of 3584 columns 61 to 67 % of what `vpdpbusd` gives from registers
-    /// (two cores of a Sapphire Rapids, Q8_0, 512 rows), 55 to 62 % with 320.
+    const TOGETHER: usize = 2;
+    /// Most rows of activations that share decoded weights here, where the sums of all of them are used for every 64
+    /// columns: they stay in the first-level cache.
     const MOST_SCALED: usize = 192;
     let (n_blocks, block_bytes, n_tokens) = (m.n_cols / BLOCK_LEN, Q::BLOCK_BYTES * ROWS, x.n_rows());
     let (x, codes, panel_bytes) = (x.blocks(), x.block_codes(), n_blocks / Q::TILES * block_bytes);
@@ -307,10 +318,11 @@ pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &A
         let together = tokens_together(m.n_cols).min(MOST_SCALED);
         for first in (0..n_tokens).step_by(together) {
             let n = together.min(n_tokens - first);
-            for panel in panels.clone() {
-                let p = m.data[panel * panel_bytes..][..panel_bytes].as_ptr();
+            for panel in panels.clone().step_by(2) {
+                let pair = [panel, (panel + 1).min(panels.end - 1)];
+                let p = pair.map(|panel| m.data[panel * panel_bytes..][..panel_bytes].as_ptr());
                 let activations = |k: usize| (x.add(k * n_tokens + first), codes.add(k * n_tokens + first), n_tokens);
-                let (mut acc, whole) = ([_mm512_setzero_ps(); MAX_TOKENS], n_blocks - n_blocks % TOGETHER);
+                let (mut acc, whole) = ([[_mm512_setzero_ps(); 2]; MOST_SCALED], n_blocks - n_blocks % TOGETHER);
                 for k in (0..whole).step_by(TOGETHER) {
                     add_products::<Q, TOGETHER>(p, k, activations(k), &mut acc[..n]);
                 }
@@ -318,7 +330,9 @@ pub(super) unsafe fn mul_quant<Q: Quant>(m: &Matrix, panels: Range<usize>, x: &A
                     add_products::<Q, 1>(p, k, activations(k), &mut acc[..n]);
                 }
                 for (t, acc) in acc[..n].iter().enumerate() {
-                    store::<Avx512>(out, first + t, panel, m.n_rows, *acc);
+                    for (panel, acc) in pair.iter().zip(acc) {
+                        store::<Avx512>(out, first + t, *panel, m.n_rows, *acc);
+                    }
                 }
             }
         }
