@@ -5,7 +5,7 @@
 //! Prompts take the recurrent step as well, row by row of the state: four rows stay in the first-level cache while
 //! up to [`TOKENS`] tokens pass.
 
-use crate::gemm::prefetch;
+use crate::gemm::prefetch_behind;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
 use crate::projection::{Projection, for_each_run, vector};
@@ -18,9 +18,6 @@ use tandem_spec::{DeltaNet, DeltaNetShape, Sequence, TensorSource, Weight};
 
 /// Tokens that pass while rows of a state stay in the cache.
 const TOKENS: usize = 64;
-
-/// Rows of a state that are asked for ahead.
-const AHEAD: usize = 8;
 
 /// Elements of a worker's tile: normed k and q of [`TOKENS`] tokens, and three numbers a token.
 pub(crate) fn tile_len(shape: &DeltaNetShape) -> usize {
@@ -302,13 +299,15 @@ impl Delta<'_> {
         // checked.
         unsafe {
             let state = self.state.add(row * s);
-            prefetch(state.wrapping_add(AHEAD * s), ROWS * s);
             for t in 0..self.n_tokens {
                 let (k, q) = (self.k.as_ptr().add(t * s), self.q.as_ptr().add(t * s));
                 let (mut sk, mut sq) = ([V::splat(0.0); 4], [V::splat(0.0); 4]);
                 for i in (0..s).step_by(V::LANES) {
                     let (k, q) = (V::load(k.add(i)), V::load(q.add(i)));
                     for r in 0..ROWS {
+                        if t == 0 {
+                            prefetch_behind::<V, f32>(state.wrapping_add(r * s), i);
+                        }
                         let m = V::load(state.add(r * s + i));
                         sk[r] = m.mul_add(k, sk[r]);
                         sq[r] = m.mul_add(q, sq[r]);

@@ -178,9 +178,6 @@ pub(crate) unsafe fn add_product<V: Simd>(
     }
 }
 
-/// Rows of the second factor that are asked for ahead.
-const AHEAD: usize = 16;
-
 /// Asks for the cache lines of `n` elements at `p`, which need not be valid.
 #[inline(always)]
 pub(crate) fn prefetch<T>(p: *const T, n: usize) {
@@ -189,6 +186,28 @@ pub(crate) fn prefetch<T>(p: *const T, n: usize) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch of an invalid address does nothing.
         unsafe { _mm_prefetch(p.cast::<i8>().wrapping_add(at), _MM_HINT_T0) };
+    }
+}
+
+/// Asks for a cache line some way behind element `i` of `p`, if a line begins there (of memory that begins with one).
+/// Asked for one by one between loads: a token of two cores of a Sapphire Rapids behind 4096 others reads keys and
+/// values at 25 GB/s so, at 16 with the lines of two rows at a time.
+#[inline(always)]
+pub(crate) fn prefetch_behind<V: Simd, T>(p: *const T, i: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if (i * size_of::<T>()).is_multiple_of(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        let behind = |bytes: usize| p.wrapping_add(i).cast::<i8>().wrapping_add(bytes);
+        // SAFETY: a prefetch of an invalid address does nothing.
+        unsafe {
+            if V::LANES == 16 {
+                // Twice: into the second-level cache, later into the first.
+                _mm_prefetch(behind(6656), _MM_HINT_T1);
+                _mm_prefetch(behind(3072), _MM_HINT_T0);
+            } else {
+                _mm_prefetch(behind(8192), _MM_HINT_T0);
+            }
+        }
     }
 }
 
@@ -217,6 +236,7 @@ pub(crate) unsafe fn stream_product_transposed<V: Simd, B: Element>(
             let mut sums = [[V::splat(0.0); 4]; COLS];
             for i in (0..k).step_by(V::LANES) {
                 for col in 0..COLS {
+                    prefetch_behind::<V, B>(b.wrapping_add(col * k), i);
                     let b = B::load::<V>(b.add(col * k + i));
                     for row in 0..ROWS {
                         sums[col][row] = V::load(a.add(row * k + i)).mul_add(b, sums[col][row]);
@@ -256,7 +276,6 @@ pub(crate) unsafe fn stream_product_transposed<V: Simd, B: Element>(
     // SAFETY: columns stay below n.
     unsafe {
         for col in (0..pairs).step_by(2) {
-            prefetch(b.wrapping_add((col + AHEAD) * k), 2 * k);
             columns::<V, B, 2>(m, k, a, b.add(col * k), (c.add(col), ldc));
         }
         if pairs < n {
@@ -296,6 +315,7 @@ pub(crate) unsafe fn stream_add_product<V: Simd, B: Element>(
             for col in (0..n).step_by(V::LANES) {
                 let mut values = [V::splat(0.0); DEPTH];
                 for i in 0..DEPTH {
+                    prefetch_behind::<V, B>(b.wrapping_add(i * n), col);
                     values[i] = B::load::<V>(b.add(i * n + col));
                 }
                 for row in 0..ROWS {
@@ -330,15 +350,19 @@ pub(crate) unsafe fn stream_add_product<V: Simd, B: Element>(
             }
         }
     }
-    let pairs = k - k % 2;
+    // As many rows of `b` at a time as their factors fit the registers.
+    let depth = if V::LANES == 16 { 4 } else { 2 };
+    let whole = k - k % depth;
     // SAFETY: rows of `b` stay below k.
     unsafe {
-        for i in (0..pairs).step_by(2) {
-            prefetch(b.wrapping_add((i + AHEAD) * n), 2 * n);
-            all_rows::<V, B, 2>(m, n, (a.add(i), lda), b.add(i * n), c);
+        for i in (0..whole).step_by(depth) {
+            match depth {
+                4 => all_rows::<V, B, 4>(m, n, (a.add(i), lda), b.add(i * n), c),
+                _ => all_rows::<V, B, 2>(m, n, (a.add(i), lda), b.add(i * n), c),
+            }
         }
-        if pairs < k {
-            all_rows::<V, B, 1>(m, n, (a.add(pairs), lda), b.add(pairs * n), c);
+        for i in whole..k {
+            all_rows::<V, B, 1>(m, n, (a.add(i), lda), b.add(i * n), c);
         }
     }
 }
