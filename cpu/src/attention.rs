@@ -3,10 +3,11 @@
 //! head with all its query heads, a few tokens of one sequence, and a range of keys. One barrier; the output
 //! projection's input is put together from the ranges, gated and rounded; one barrier at the end.
 
+use crate::ahead::Ahead;
 use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_run, vector};
+use crate::projection::{Projection, for_each_run, read_ahead, vector};
 use crate::simd::{self, Kernel, Simd, exp};
 use crate::state::BlockState;
 use crate::step::Step;
@@ -88,7 +89,7 @@ impl AttentionBlock {
 
     /// Queries, keys, values and output.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
-        [&self.attn_q, &self.attn_k, &self.attn_v, &self.attn_output].into_iter()
+        self.inputs().into_iter().chain([&self.attn_output])
     }
 
     fn group(&self) -> usize {
@@ -129,11 +130,21 @@ impl AttentionBlock {
         (pieces, (2 * w.n_workers()).div_ceil(pieces).min(longest.div_ceil(MIN_RANGE)))
     }
 
+    /// What one stage multiplies with first, in the order of the wide scratch.
+    fn inputs(&self) -> [&Projection; 3] {
+        [&self.attn_q, &self.attn_k, &self.attn_v]
+    }
+
+    /// Reads ahead what this worker will multiply first.
+    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        read_ahead(w, &self.inputs(), ahead);
+    }
+
     /// Adds the block to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step, state: BlockState) {
         let BlockState::Kv { k, v, rope } = state else { panic!("an attention without keys and values") };
         let (isa, d, n_heads) = (step.isa, self.shape.head_dim, self.shape.n_heads);
-        let projections = [&self.attn_q, &self.attn_k, &self.attn_v];
+        let projections = self.inputs();
         let forms = projections.iter().map(|p| p.forms()).reduce(|a, b| a.or(b)).expect("three projections");
         let h = step.prepare(w, &step.buffers.normed, step.n_tokens, step.n_embd, forms, |i, row| {
             // SAFETY: nobody writes the residual stream in this stage.
@@ -172,7 +183,7 @@ impl AttentionBlock {
                 piece -= n;
             }
         }
-        w.barrier();
+        step.barrier_reading(w, |ahead| read_ahead(w, &[&self.attn_output], ahead));
 
         let o = step.prepare(w, &step.buffers.mixed, step.n_tokens, n_heads * d, self.attn_output.forms(), |i, row| {
             for (head, o) in row.chunks_exact_mut(d).enumerate() {

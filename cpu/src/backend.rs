@@ -112,6 +112,18 @@ impl CpuBlock {
             CpuBlock::Head(b) => vec![&b.output],
         }
     }
+
+    /// Reads ahead what this worker will multiply one token with first.
+    fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        match self {
+            CpuBlock::Embed(_) => {}
+            CpuBlock::Attention(b) => b.read_ahead(w, ahead),
+            CpuBlock::DeltaNet(b) => b.read_ahead(w, ahead),
+            CpuBlock::Ffn(b) => b.read_ahead(w, ahead),
+            CpuBlock::Moe(b) => b.read_router_ahead(w, ahead),
+            CpuBlock::Head(b) => b.read_ahead(w, ahead),
+        }
+    }
 }
 
 /// Packed blocks of a model and the workers that run them.
@@ -441,8 +453,13 @@ impl Backend {
                         CpuBlock::Moe(b) => b.run(w, step, routing),
                         CpuBlock::Head(b) => b.run(w, step),
                     }
+                    // What all workers wrote is complete.
+                    step.barrier_reading(w, |ahead| {
+                        if i + 1 < task.blocks.end {
+                            here(i + 1).read_ahead(w, ahead);
+                        }
+                    });
                 }
-                // Blocks end with a barrier: what all workers wrote is complete.
                 if let Some(handoff) = handoff.filter(|_| w.index == 0) {
                     handoff.post(number);
                 }

@@ -5,10 +5,11 @@
 //! Prompts take the recurrent step as well, row by row of the state: four rows stay in the first-level cache while
 //! up to [`TOKENS`] tokens pass.
 
+use crate::ahead::Ahead;
 use crate::gemm::prefetch_behind;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_run, vector};
+use crate::projection::{Projection, for_each_run, read_ahead, vector};
 use crate::simd::{self, Kernel, Simd, for_lanes, silu};
 use crate::state::BlockState;
 use crate::step::Step;
@@ -85,13 +86,23 @@ impl DeltaNetBlock {
 
     /// Channels, output gate, beta, alpha and output.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
-        [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha, &self.ssm_out].into_iter()
+        self.inputs().into_iter().chain([&self.ssm_out])
+    }
+
+    /// What one stage multiplies with first, in the order of the wide scratch.
+    fn inputs(&self) -> [&Projection; 4] {
+        [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha]
+    }
+
+    /// Reads ahead what this worker will multiply first.
+    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        read_ahead(w, &self.inputs(), ahead);
     }
 
     /// Adds the block to the residual stream.
     pub fn run(&self, w: &Worker, step: &Step, state: BlockState) {
         let BlockState::Delta { recurrent, conv } = state else { panic!("a delta net without its states") };
-        let projections = [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha];
+        let projections = self.inputs();
         let forms = projections.iter().map(|p| p.forms()).reduce(|a, b| a.or(b)).expect("four projections");
         let h = step.prepare(w, &step.buffers.normed, step.n_tokens, step.n_embd, forms, |i, row| {
             // SAFETY: nobody writes the residual stream in this stage.
@@ -118,7 +129,7 @@ impl DeltaNetBlock {
             let (first, sequence) = step.sequences().nth(piece / n_heads).expect("a piece is a head of a sequence");
             self.head(w, step, first, sequence, recurrent, piece % n_heads);
         }
-        w.barrier();
+        step.barrier_reading(w, |ahead| read_ahead(w, &[&self.ssm_out], ahead));
 
         let n_value = self.shape.n_value();
         let forms = self.ssm_out.forms();

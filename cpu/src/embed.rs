@@ -22,7 +22,6 @@ impl EmbedBlock {
     pub fn run(&self, w: &Worker, step: &Step) {
         // SAFETY: tokens of this worker's share.
         unsafe { self.write_rows(w.share(step.n_tokens), step) };
-        w.barrier();
     }
 
     /// Writes the rows of some of the tokens.

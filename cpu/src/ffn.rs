@@ -4,7 +4,7 @@
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, share_rows, vector};
+use crate::projection::{Cut, Projection, read_ahead, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -101,7 +101,7 @@ impl FfnBlock {
             // SAFETY: these hidden columns are this worker's.
             unsafe { gate_up(step.isa, &self.ffn_gate, &self.ffn_up, rows, &h, (out, n_ff), tile) };
         }
-        w.barrier();
+        step.barrier_reading(w, |ahead| read_ahead(w, &[&self.ffn_down], ahead));
         let forms = self.ffn_down.forms();
         let hidden = step.prepare(w, &step.buffers.hidden, step.n_tokens, n_ff, forms, |i, _| {
             // SAFETY: nobody writes the hidden scratch in this stage.

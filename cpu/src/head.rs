@@ -1,8 +1,9 @@
 //! `Head`: final norm and output projection, for the wanted rows only.
 
+use crate::ahead::Ahead;
 use crate::norm::rms_norm;
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_run};
+use crate::projection::{Projection, for_each_run, read_ahead};
 use crate::step::Step;
 use tandem_spec::HeadShape;
 
@@ -19,6 +20,11 @@ impl HeadBlock {
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
         size_of_val(&*self.output_norm) + self.output.n_bytes()
+    }
+
+    /// Reads ahead what this worker will multiply first.
+    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        read_ahead(w, &[&self.output], ahead);
     }
 
     /// Writes the logits of the wanted rows.
@@ -39,6 +45,5 @@ impl HeadBlock {
             // SAFETY: these rows of the projection are this worker's, in every token.
             unsafe { self.output.apply(step.isa, rows, &h, out, n_vocab) };
         });
-        w.barrier();
     }
 }

@@ -7,7 +7,7 @@ use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, ROWS, for_each_run, share_rows, vector};
+use crate::projection::{Cut, Projection, ROWS, for_each_run, read_ahead, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -210,6 +210,11 @@ impl MoeBlock {
         [&self.gate, &self.up, &self.down].into_iter().flatten()
     }
 
+    /// Reads ahead what this worker will multiply first: of the router.
+    pub fn read_router_ahead(&self, w: &Worker, ahead: &mut Ahead) {
+        read_ahead(w, &[&self.router], ahead);
+    }
+
     /// Reads ahead what this worker will multiply if `experts` are chosen, the likeliest first.
     pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
         let [hidden, out] = [self.shape.n_ff, self.shape.n_embd].map(|n| share_rows(w, w.index, n));
@@ -261,7 +266,13 @@ impl MoeBlock {
                 // SAFETY: these rows of the projection are this worker's, in every token.
                 unsafe { routers[index].apply(isa, rows, &h, out, step.layout.wide_len) };
             });
-            w.barrier();
+            step.barrier_reading(w, |ahead| {
+                // The experts are not known yet.
+                if let Some(s) = &self.shared {
+                    let rows = share_rows(w, w.index, n_ff_shared);
+                    let _ = ahead.rows(&s.gate.matrix, rows.clone()) && ahead.rows(&s.up.matrix, rows);
+                }
+            });
             routing.route(n_tokens, n_experts, n_used, |token| wide(token, 0..n_experts));
         }
         // The choices of expert number `i` of the active ones.
@@ -337,7 +348,15 @@ impl MoeBlock {
             let rows = share_rows(w, w.index, n_embd);
             ask_for_first(&self.down[*expert as usize].matrix, rows, BARRIER_BYTES);
         }
-        w.barrier();
+        step.barrier_reading(w, |ahead| {
+            let cut = Cut::new(n_embd, w.n_workers(), 1);
+            let mut runs = w.own_runs(n_embd.div_ceil(cut.rows), cut.longest).map(|run| cut.rows_of(run, n_embd));
+            let mut experts = |rows: Range<usize>| {
+                let mut active = routing.active.iter().map(|(expert, _)| &self.down[*expert as usize]);
+                active.all(|down| ahead.rows(&down.matrix, rows.clone()))
+            };
+            runs.all(&mut experts);
+        });
 
         // One token: every worker rounds the hidden rows for itself; else by experts.
         let buffer = if alone { &step.buffers.own[w.index] } else { &step.buffers.hidden };
@@ -387,6 +406,5 @@ impl MoeBlock {
                 }
             }
         });
-        w.barrier();
     }
 }

@@ -163,6 +163,11 @@ impl Worker<'_> {
 
     /// Ends a stage: waits until every worker is here. What any of them wrote before is visible to all after.
     pub fn barrier(&self) {
+        self.barrier_while(|_| ());
+    }
+
+    /// [`Worker::barrier`]; if others are awaited, `meanwhile` runs first, with whether the wait is over.
+    pub fn barrier_while(&self, meanwhile: impl FnOnce(&dyn Fn() -> bool)) {
         let (team, stage) = (self.team, self.stage.get());
         self.stage.set(stage + 1);
         team.taken[(stage + 2) % 3][self.index].0.store(0, Ordering::Relaxed);
@@ -171,8 +176,10 @@ impl Worker<'_> {
             team.passed.0.store(stage + 1, Ordering::Release);
             return;
         }
+        let is_over = || team.passed.0.load(Ordering::Acquire) != stage;
+        meanwhile(&is_over);
         let mut spins = 0;
-        while team.passed.0.load(Ordering::Acquire) == stage {
+        while !is_over() {
             if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();

@@ -1,6 +1,7 @@
 //! Projections `y = scale * (W . x) + bias` on packed matrices, and the cutting of their rows into pieces for
 //! workers. Owns no memory but the weights.
 
+use crate::ahead::Ahead;
 use crate::pool::Worker;
 use crate::simd::{self, Kernel, Simd, for_lanes};
 use crate::{Activations, Error, Forms, Isa, Matrix, OutRows};
@@ -189,17 +190,35 @@ pub(crate) fn for_each_run(
     projections: &[&Projection],
     mut f: impl FnMut(usize, Range<usize>),
 ) {
-    let cut = Cut::new(projections.iter().map(|p| p.n_out()).sum(), w.n_workers(), n_tokens);
-    let pieces_of = |p: &Projection| p.n_out().div_ceil(cut.rows);
-    for run in w.runs(projections.iter().map(|p| pieces_of(p)).sum(), cut.longest) {
-        let mut first = 0;
-        for (index, p) in projections.iter().enumerate() {
-            let end = first + pieces_of(p);
-            let pieces = run.start.max(first)..run.end.min(end);
-            if !pieces.is_empty() {
-                f(index, cut.rows_of(pieces.start - first..pieces.end - first, p.n_out()));
-            }
-            first = end;
-        }
+    let (cut, n_pieces) = cut_all(w, n_tokens, projections);
+    for run in w.runs(n_pieces, cut.longest) {
+        rows_of_run(projections, cut, run).for_each(|(index, rows)| f(index, rows));
     }
+}
+
+/// Reads ahead what this worker will multiply first in [`for_each_run`] of one row of activations.
+pub(crate) fn read_ahead(w: &Worker, projections: &[&Projection], ahead: &mut Ahead) {
+    let (cut, n_pieces) = cut_all(w, 1, projections);
+    rows_of_run(projections, cut, w.share(n_pieces)).all(|(index, rows)| ahead.rows(&projections[index].matrix, rows));
+}
+
+/// How `projections` are cut as one space, and the number of pieces.
+fn cut_all(w: &Worker, n_tokens: usize, projections: &[&Projection]) -> (Cut, usize) {
+    let cut = Cut::new(projections.iter().map(|p| p.n_out()).sum(), w.n_workers(), n_tokens);
+    (cut, projections.iter().map(|p| p.n_out().div_ceil(cut.rows)).sum())
+}
+
+/// The projections that a run of pieces of that space lies in, and its rows of each.
+fn rows_of_run(
+    projections: &[&Projection],
+    cut: Cut,
+    run: Range<usize>,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let mut first = 0;
+    projections.iter().enumerate().filter_map(move |(index, p)| {
+        let start = first;
+        first += p.n_out().div_ceil(cut.rows);
+        let pieces = run.start.max(start)..run.end.min(first);
+        (!pieces.is_empty()).then(|| (index, cut.rows_of(pieces.start - start..pieces.end - start, p.n_out())))
+    })
 }

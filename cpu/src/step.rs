@@ -3,6 +3,7 @@
 //!
 //! Memory is shared by one rule: between two barriers an element is written by one worker, or read by any.
 
+use crate::ahead::Ahead;
 use crate::handoff::Choices;
 use crate::norm::add_scaled;
 use crate::pool::Worker;
@@ -195,7 +196,16 @@ impl<'a> Step<'a> {
         view
     }
 
-    /// `x += projection . activations`, and the barrier that ends the block.
+    /// [`Worker::barrier`]; with one token, workers that wait for others read ahead what `first` says that they will
+    /// multiply first in the next stage.
+    pub fn barrier_reading(&self, w: &Worker, first: impl FnOnce(&mut Ahead)) {
+        match self.n_tokens {
+            1 => w.barrier_while(|is_over| first(&mut Ahead::until(is_over))),
+            _ => w.barrier(),
+        }
+    }
+
+    /// `x += projection . activations`.
     pub fn add(&self, w: &Worker, projection: &Projection, activations: &Activations) {
         let tile = self.tile(w);
         for_each_run(w, self.n_tokens, &[projection], |_, rows| {
@@ -211,6 +221,5 @@ impl<'a> Step<'a> {
                 add_scaled(self.isa, x, 1.0, &tile[token * n..][..n]);
             }
         });
-        w.barrier();
     }
 }
