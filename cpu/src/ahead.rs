@@ -1,5 +1,5 @@
-//! Reading ahead: workers that wait for another device or for each other bring weights that they will multiply with from
-//! main memory into their caches. Changes no result; bounded in bytes, and ends when there is nothing to wait for.
+//! Reading ahead: workers that wait for another device or for each other bring weights that they will multiply with
+//! from main memory into their caches. Changes no result; bounded in bytes, and ends when there is nothing to wait for.
 
 use crate::Matrix;
 use std::ops::Range;

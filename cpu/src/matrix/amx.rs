@@ -3,10 +3,11 @@
 //! that the processor has AMX and that this process may use it.
 //!
 //! K-quant codes times their integer scales fit 16 bits: their low and high bytes are two products over all 256
-//! columns, and no scale is applied between. Types with a scale for every 32 columns have one product for each 32, and
-//! twice the time of a product goes to scaling it.
+//! columns, and no scale is applied between. The code of weight 0 is taken off before, so that only types with minima
+//! need sums of activations. Types with a scale for every 32 columns have one product for each 32, and twice the time
+//! of a product goes to scaling it.
 
-use super::kernel::{Decoded, Quant, Scales, SuperQuant, Tile, finish, pairs, store};
+use super::kernel::{Decoded, Quant, Scales, SuperQuant, Tile, finish, finish_signed, pairs, store};
 use super::simd::avx512::Avx512;
 use super::{Matrix, OutRows};
 use crate::activations::{Activations, BLOCK_LEN, Block, BlockCodes, CODES_LEN, Codes, SUPER_BLOCK_LEN};
@@ -73,8 +74,8 @@ impl Drop for Tiles {
     }
 }
 
-/// Codes of a K-quant block times their integer scales: low bytes, then high bytes, each `[4, 16, 16, 4]` for 4 times
-/// 64 columns of 16 rows.
+/// Codes of a K-quant block, less [`SuperQuant::ZERO`], times their integer scales: low bytes, then high bytes, each
+/// `[4, 16, 16, 4]` for 4 times 64 columns of 16 rows.
 type Scaled = [__m512i; 2 * SUPER_BLOCK_LEN / 4];
 
 /// Decodes the packed block at `p` with its `scales`.
@@ -89,11 +90,14 @@ unsafe fn scaled_codes<Q: SuperQuant>(p: *const u8, scales: &Scales<Avx512>, sca
             _mm512_mask_blend_epi16(0xaaaa_aaaa, scale, _mm512_slli_epi32(scale, 16))
         };
         for k in 0..8 {
-            let w = Q::codes::<Avx512>(p, k);
+            let mut w = Q::codes::<Avx512>(p, k);
+            for w in &mut w {
+                *w = _mm512_sub_epi8(*w, _mm512_set1_epi8(Q::ZERO.unwrap_or(0) as i8));
+            }
             let scale = if Q::HALVES { [scale(2 * k), scale(2 * k + 1)] } else { [scale(k); 2] };
             for g in 0..8 {
-                let even = _mm512_mullo_epi16(_mm512_and_si512(w[g], low_bytes), scale[g / 4]);
-                let odd = _mm512_mullo_epi16(_mm512_srli_epi16(w[g], 8), scale[g / 4]);
+                let even = _mm512_mullo_epi16(_mm512_srai_epi16(_mm512_slli_epi16(w[g], 8), 8), scale[g / 4]);
+                let odd = _mm512_mullo_epi16(_mm512_srai_epi16(w[g], 8), scale[g / 4]);
                 let low = _mm512_or_si512(_mm512_and_si512(even, low_bytes), _mm512_slli_epi16(odd, 8));
                 let high = _mm512_or_si512(_mm512_srli_epi16(even, 8), _mm512_andnot_si512(low_bytes, odd));
                 (scaled[8 * k + g], scaled[n + 8 * k + g]) = (low, high);
@@ -188,7 +192,11 @@ pub(super) unsafe fn mul_super<Q: SuperQuant>(m: &Matrix, panels: Range<usize>, 
                             let (high, x) = (low.add(1), x.add(b * n_tokens + token + half * ROWS));
                             for (t, acc) in acc.iter_mut().enumerate() {
                                 let sum = _mm512_add_epi32((*low).0[t], _mm512_slli_epi32((*high).0[t], 8));
-                                *acc = finish::<Avx512, Q>(&scales, &pairs, x.add(t), _mm512_cvtepi32_ps(sum), *acc);
+                                let sum = _mm512_cvtepi32_ps(sum);
+                                *acc = match Q::ZERO {
+                                    Some(_) => finish_signed(&scales, x.add(t), sum, *acc),
+                                    None => finish::<Avx512, Q>(&scales, &pairs, x.add(t), sum, *acc),
+                                };
                             }
                         }
                     }

@@ -161,6 +161,8 @@ pub(super) trait SuperQuant {
     const BITS: u32;
     /// Whether scales belong to 16 columns, not 32.
     const HALVES: bool;
+    /// The code of weight 0, where all blocks have the same: minima are the scales then, and `min_d` is not used.
+    const ZERO: Option<u8> = None;
 
     /// Decodes the scales of the packed block at `p`: all 16 (or 8) of both kinds.
     unsafe fn scales<S: Simd>(p: *const u8) -> Scales<S>;
@@ -497,9 +499,23 @@ pub(super) unsafe fn finish<S: Simd, Q: SuperQuant>(
         } else {
             S::dot_pairs(&pairs[..4], (&raw const (*x).sums_32).cast())
         };
-        let products = S::fma(mins, scales.min_d, S::mul(S::sum_to_f32(sum), scales.d));
-        S::fma(products, S::splat((*x).scale), acc)
+        let sum = S::sum_to_f32(sum);
+        match Q::ZERO {
+            // Integers, and exact as long as they fit 24 bits.
+            Some(zero) => finish_signed::<S>(scales, x, S::fma(mins, S::splat(-f32::from(zero)), sum), acc),
+            None => {
+                let products = S::fma(mins, scales.min_d, S::mul(sum, scales.d));
+                S::fma(products, S::splat((*x).scale), acc)
+            }
+        }
     }
+}
+
+/// [`finish`] of the integer sums `sum` over codes less [`SuperQuant::ZERO`].
+#[inline(always)]
+pub(super) unsafe fn finish_signed<S: Simd>(scales: &Scales<S>, x: *const SuperBlock, sum: S::F, acc: S::F) -> S::F {
+    // SAFETY: the caller has the instruction set and a valid block.
+    unsafe { S::fma(S::mul(sum, scales.d), S::splat((*x).scale), acc) }
 }
 
 /// Multiplies float panels: sums stay in registers, eight of them, so that they hide the latency of additions.

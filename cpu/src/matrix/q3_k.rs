@@ -11,13 +11,14 @@ impl SuperQuant for Q3K {
     const BLOCK_BYTES: usize = 110;
     const BITS: u32 = 3;
     const HALVES: bool = true;
+    const ZERO: Option<u8> = Some(4);
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(p: *const u8) -> Scales<S> {
         // SAFETY: as the trait asks; the arrays hold four vectors of `4 * LANES` bytes.
         unsafe {
             let d = S::load_f16(p);
-            let mut s = Scales::<S>::new(d, S::mul(d, S::splat(-4.0)));
+            let mut s = Scales::<S>::new(d, S::zero());
             let low = [S::load(p.add(2 * S::LANES)), S::load(p.add(6 * S::LANES))];
             let high = S::load(p.add(10 * S::LANES));
             let (low4, low2, bias) = (S::splat_u8(15), S::splat_u8(3), S::splat_u8(32));

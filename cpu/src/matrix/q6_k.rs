@@ -11,13 +11,14 @@ impl SuperQuant for Q6K {
     const BLOCK_BYTES: usize = 210;
     const BITS: u32 = 6;
     const HALVES: bool = true;
+    const ZERO: Option<u8> = Some(32);
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(p: *const u8) -> Scales<S> {
         // SAFETY: as the trait asks; the arrays hold four vectors of `4 * LANES` bytes.
         unsafe {
             let d = S::load_f16(p);
-            let mut s = Scales::<S>::new(d, S::mul(d, S::splat(-32.0)));
+            let mut s = Scales::<S>::new(d, S::zero());
             for i in 0..4 {
                 let v = S::load(p.add((2 + 4 * i) * S::LANES));
                 S::store(s.scales.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), v);
