@@ -1,9 +1,8 @@
 //! `Attention`: q, k and v rows are one space of projections; one barrier; norms, rotation and the append to the
 //! cache; one barrier; then online-softmax attention (Milakov and Gimelshein 2018; Dao et al. 2022) over pieces: a KV
 //! head with all its query heads, a few tokens of one sequence, and a range of keys. One barrier; the output
-//! projection's input is put together from the ranges, gated and rounded; one barrier at the end.
+//! projection's input is put together from the ranges, gated and rounded.
 
-use crate::ahead::Ahead;
 use crate::gemm::{Element, add_product, product_transposed, stream_add_product, stream_product_transposed};
 use crate::norm::{add_scaled, rms_norm, rms_norm_in_place, scale, sigmoid_mul};
 use crate::pool::Worker;
@@ -130,14 +129,9 @@ impl AttentionBlock {
         (pieces, (2 * w.n_workers()).div_ceil(pieces).min(longest.div_ceil(MIN_RANGE)))
     }
 
-    /// What one stage multiplies with first, in the order of the wide scratch.
-    fn inputs(&self) -> [&Projection; 3] {
+    /// What the first stage multiplies with, in the order of the wide scratch.
+    pub fn inputs(&self) -> [&Projection; 3] {
         [&self.attn_q, &self.attn_k, &self.attn_v]
-    }
-
-    /// Reads ahead what this worker will multiply first.
-    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        read_ahead(w, &self.inputs(), ahead);
     }
 
     /// Adds the block to the residual stream.

@@ -11,7 +11,7 @@ use crate::head::HeadBlock;
 use crate::matrix::Storage;
 use crate::moe::{MoeBlock, Routing};
 use crate::pool::{Pool, Worker};
-use crate::projection::{Projection, vector};
+use crate::projection::{Projection, read_ahead, vector};
 use crate::read::read;
 use crate::state::{BlockState, Layout, StateSize};
 use crate::step::{Shared, Step};
@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
@@ -117,11 +117,14 @@ impl CpuBlock {
     fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
         match self {
             CpuBlock::Embed(_) => {}
-            CpuBlock::Attention(b) => b.read_ahead(w, ahead),
-            CpuBlock::DeltaNet(b) => b.read_ahead(w, ahead),
+            CpuBlock::Attention(b) => read_ahead(w, &b.inputs(), ahead),
+            CpuBlock::DeltaNet(b) => read_ahead(w, &b.inputs(), ahead),
             CpuBlock::Ffn(b) => b.read_ahead(w, ahead),
-            CpuBlock::Moe(b) => b.read_router_ahead(w, ahead),
-            CpuBlock::Head(b) => b.read_ahead(w, ahead),
+            CpuBlock::Moe(b) => {
+                let (routers, n_routers) = b.routers();
+                read_ahead(w, &routers[..n_routers], ahead);
+            }
+            CpuBlock::Head(b) => read_ahead(w, &[&b.output], ahead),
         }
     }
 }
@@ -287,14 +290,8 @@ impl Backend {
     pub fn read_weights(&self, draw: usize) -> usize {
         let all = self.blocks.iter().flatten().flat_map(|block| block.projections(draw));
         let parts: Vec<&[u8]> = all.flat_map(|p| p.matrix.row_bytes(0..p.n_out()).chunks(READ_BYTES)).collect();
-        let bytes = AtomicUsize::new(0);
-        self.pool.run(|w| {
-            for i in w.pieces(parts.len()) {
-                read(self.isa, parts[i]);
-                bytes.fetch_add(parts[i].len(), Ordering::Relaxed);
-            }
-        });
-        bytes.into_inner()
+        self.pool.run(|w| w.pieces(parts.len()).for_each(|i| read(self.isa, parts[i])));
+        parts.iter().map(|part| part.len()).sum()
     }
 
     /// Instruction set in use.
@@ -433,7 +430,7 @@ impl Backend {
             for (number, task) in tasks.iter().enumerate().skip(n_done) {
                 if let Some(handoff) = handoff {
                     if task.is_share && n_tokens == 1 {
-                        read_ahead(w, here(task.blocks.start), handoff, number);
+                        read_share_ahead(w, here(task.blocks.start), handoff, number);
                     }
                     if w.index == 0 && !handoff.wait(number) {
                         gave_up.store(true, Ordering::Relaxed);
@@ -470,7 +467,7 @@ impl Backend {
 }
 
 /// Reads ahead what this worker will multiply first in task `number`, a share of `block`, until its input is there.
-fn read_ahead(w: &Worker, block: &CpuBlock, handoff: &dyn Handoff, number: usize) {
+fn read_share_ahead(w: &Worker, block: &CpuBlock, handoff: &dyn Handoff, number: usize) {
     let is_over = || handoff.is_ready(number);
     let begin = || {
         if w.index == 0 {
@@ -489,7 +486,7 @@ fn read_ahead(w: &Worker, block: &CpuBlock, handoff: &dyn Handoff, number: usize
                 std::hint::spin_loop();
             }
             let ids = (0..).map_while(|i| handoff.foreseen(number, i));
-            b.read_ahead(w, ids.filter(|id| id & ELSEWHERE == 0).map(|id| id as usize), &mut begin());
+            b.read_experts_ahead(w, ids.filter(|id| id & ELSEWHERE == 0).map(|id| id as usize), &mut begin());
         }
         _ => {}
     }

@@ -1,11 +1,10 @@
 //! `DeltaNet`: the projections of the normed input are one space of rows, and the worker that made a channel runs the
 //! convolution over it; one barrier; V heads are shared out, and each state is read and written once a step; one
-//! barrier; output projection; one barrier. A head's state is kept with a row per value element.
+//! barrier; output projection. A head's state is kept with a row per value element.
 //!
 //! Prompts take the recurrent step as well, row by row of the state: four rows stay in the first-level cache while
 //! up to [`TOKENS`] tokens pass.
 
-use crate::ahead::Ahead;
 use crate::gemm::prefetch_behind;
 use crate::norm::{gated_norm, rms_norm, scale};
 use crate::pool::Worker;
@@ -89,14 +88,9 @@ impl DeltaNetBlock {
         self.inputs().into_iter().chain([&self.ssm_out])
     }
 
-    /// What one stage multiplies with first, in the order of the wide scratch.
-    fn inputs(&self) -> [&Projection; 4] {
+    /// What the first stage multiplies with, in the order of the wide scratch.
+    pub fn inputs(&self) -> [&Projection; 4] {
         [&self.attn_qkv, &self.attn_gate, &self.ssm_beta, &self.ssm_alpha]
-    }
-
-    /// Reads ahead what this worker will multiply first.
-    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        read_ahead(w, &self.inputs(), ahead);
     }
 
     /// Adds the block to the residual stream.

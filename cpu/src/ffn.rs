@@ -1,10 +1,9 @@
-//! `Ffn`: gate and up rows of a run are multiplied and activated by one worker; one barrier; down projection; one
-//! barrier.
+//! `Ffn`: gate and up rows of a run are multiplied and activated by one worker; one barrier; down projection.
 
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, read_ahead, share_rows, vector};
+use crate::projection::{Cut, Projection, own_rows, read_ahead, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -75,11 +74,8 @@ impl FfnBlock {
     /// Reads ahead what this worker will multiply first.
     pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
         let [gate, up, down] = [&self.ffn_gate, &self.ffn_up, &self.ffn_down].map(|p| &p.matrix);
-        let (n_ff, cut) = (self.shape.n_ff, Cut::new(self.shape.n_ff, w.n_workers(), 1));
-        let _ = w.own_runs(n_ff.div_ceil(cut.rows), cut.longest).all(|run| {
-            let rows = cut.rows_of(run, n_ff);
-            ahead.rows(gate, rows.clone()) && ahead.rows(up, rows)
-        }) && ahead.rows(down, share_rows(w, w.index, self.shape.n_embd));
+        let _ = own_rows(w, self.shape.n_ff).all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
+            && ahead.rows(down, share_rows(w, w.index, self.shape.n_embd));
     }
 
     /// Adds the block to the residual stream.

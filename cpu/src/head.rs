@@ -1,9 +1,8 @@
 //! `Head`: final norm and output projection, for the wanted rows only.
 
-use crate::ahead::Ahead;
 use crate::norm::rms_norm;
 use crate::pool::Worker;
-use crate::projection::{Projection, for_each_run, read_ahead};
+use crate::projection::{Projection, for_each_run};
 use crate::step::Step;
 use tandem_spec::HeadShape;
 
@@ -20,11 +19,6 @@ impl HeadBlock {
     /// Bytes of the weights.
     pub fn n_bytes(&self) -> usize {
         size_of_val(&*self.output_norm) + self.output.n_bytes()
-    }
-
-    /// Reads ahead what this worker will multiply first.
-    pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        read_ahead(w, &[&self.output], ahead);
     }
 
     /// Writes the logits of the wanted rows.

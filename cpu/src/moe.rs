@@ -7,7 +7,7 @@ use crate::ffn::gate_up;
 use crate::handoff::Choices;
 use crate::norm::{add_scaled, rms_norm};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, ROWS, for_each_run, read_ahead, share_rows, vector};
+use crate::projection::{Cut, Projection, ROWS, for_each_run, own_rows, share_rows, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Forms, Isa};
 use std::collections::TryReserveError;
@@ -210,13 +210,17 @@ impl MoeBlock {
         [&self.gate, &self.up, &self.down].into_iter().flatten()
     }
 
-    /// Reads ahead what this worker will multiply first: of the router.
-    pub fn read_router_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        read_ahead(w, &[&self.router], ahead);
+    /// The router and, where there is one, the gate of the shared expert, which one stage multiplies with, and their
+    /// number.
+    pub fn routers(&self) -> ([&Projection; 2], usize) {
+        match self.shared.as_ref().and_then(|s| s.gate_inp.as_ref()) {
+            Some(gate_inp) => ([&self.router, gate_inp], 2),
+            None => ([&self.router; 2], 1),
+        }
     }
 
     /// Reads ahead what this worker will multiply if `experts` are chosen, the likeliest first.
-    pub fn read_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
+    pub fn read_experts_ahead(&self, w: &Worker, experts: impl Iterator<Item = usize>, ahead: &mut Ahead) {
         let [hidden, out] = [self.shape.n_ff, self.shape.n_embd].map(|n| share_rows(w, w.index, n));
         for e in experts.filter(|e| self.experts.contains(e)).map(|e| e - self.experts.start) {
             let parts = [(&self.gate[e], &hidden), (&self.up[e], &hidden), (&self.down[e], &out)];
@@ -236,19 +240,13 @@ impl MoeBlock {
             rms_norm(isa, x, &self.ffn_norm, rms_eps, row);
         };
         let expert_forms = self.gate[0].forms().or(self.up[0].forms());
+        let (routers, n_routers) = self.routers();
         let mut forms = expert_forms;
         if step.choices.is_none() {
-            forms = forms.or(self.router.forms());
+            forms = routers[..n_routers].iter().fold(forms, |forms, p| forms.or(p.forms()));
         }
-        let mut routers = [&self.router, &self.router];
-        let mut n_routers = 1;
         if let Some(s) = &self.shared {
             forms = forms.or(s.gate.forms()).or(s.up.forms());
-            if let Some(gate_inp) = &s.gate_inp {
-                forms = forms.or(gate_inp.forms());
-                routers[1] = gate_inp;
-                n_routers = 2;
-            }
         }
         let h = step.prepare(w, &step.buffers.normed, n_tokens, n_embd, forms, |i, row| {
             normed(i, row);
@@ -349,13 +347,9 @@ impl MoeBlock {
             ask_for_first(&self.down[*expert as usize].matrix, rows, BARRIER_BYTES);
         }
         step.barrier_reading(w, |ahead| {
-            let cut = Cut::new(n_embd, w.n_workers(), 1);
-            let mut runs = w.own_runs(n_embd.div_ceil(cut.rows), cut.longest).map(|run| cut.rows_of(run, n_embd));
-            let mut experts = |rows: Range<usize>| {
-                let mut active = routing.active.iter().map(|(expert, _)| &self.down[*expert as usize]);
-                active.all(|down| ahead.rows(&down.matrix, rows.clone()))
-            };
-            runs.all(&mut experts);
+            let routed = routing.active.iter().map(|(expert, _)| &self.down[*expert as usize]);
+            let downs = routed.chain(self.shared.iter().map(|s| &s.down));
+            own_rows(w, n_embd).all(|rows| downs.clone().all(|p| ahead.rows(&p.matrix, rows.clone())));
         });
 
         // One token: every worker rounds the hidden rows for itself; else by experts.

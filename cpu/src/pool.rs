@@ -302,17 +302,21 @@ mod tests {
     #[test]
     fn panics_do_not_hang() {
         let pool = Pool::new(3).unwrap();
-        let failed = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(|w| {
-                w.barrier();
-                if w.index == 1 {
-                    panic!("broken on purpose");
-                }
-                w.barrier();
-                w.barrier();
-            });
-        }));
-        assert_eq!(failed.unwrap_err().downcast_ref::<&str>(), Some(&"broken on purpose"));
+        // Between barriers, and while others are awaited.
+        for meanwhile in [false, true] {
+            let failed = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(|w| {
+                    w.barrier();
+                    if w.index == 1 && !meanwhile {
+                        panic!("broken on purpose");
+                    }
+                    w.barrier_while(|_| assert!(!meanwhile, "broken on purpose"));
+                    w.barrier();
+                });
+            }));
+            let payload = failed.unwrap_err();
+            assert_eq!(payload.downcast_ref::<&str>(), Some(&"broken on purpose"), "meanwhile: {meanwhile}");
+        }
         let count = AtomicUsize::new(0);
         pool.run(|_| {
             count.fetch_add(1, Ordering::Relaxed);

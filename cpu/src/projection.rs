@@ -176,6 +176,13 @@ pub(crate) fn share_rows(w: &Worker, worker: usize, n: usize) -> Range<usize> {
     n.min(pieces.start * ROWS)..n.min(pieces.end * ROWS)
 }
 
+/// Of `n` rows that are multiplied with one row of activations, the runs that this worker takes if it has its share for
+/// itself.
+pub(crate) fn own_rows(w: &Worker, n: usize) -> impl Iterator<Item = Range<usize>> {
+    let cut = Cut::new(n, w.n_workers(), 1);
+    w.own_runs(n.div_ceil(cut.rows), cut.longest).map(move |run| cut.rows_of(run, n))
+}
+
 /// Most rows of a piece for several rows of activations: what tiles have room for.
 pub(crate) const MAX_PIECE_ROWS: usize = 128;
 

@@ -56,7 +56,7 @@ impl Kernel for Read<'_> {
                 for (j, sum) in sums.iter_mut().enumerate() {
                     let at = i + j * V::LANES;
                     if V::LANES == 16 && j % 2 == 0 {
-                        prefetch(chunk.wrapping_add(AHEAD + at), 1);
+                        prefetch(chunk.wrapping_add(AHEAD + at));
                     }
                     // SAFETY: `at + LANES` is at most the length of a chunk.
                     *sum = sum.add(unsafe { V::load(chunk.add(at)) });

@@ -1,5 +1,6 @@
-//! One step as the blocks see it: the batch, the shared memory, and the two things most stages do, which are to
-//! prepare the activations of a projection and to add a projection to the residual stream.
+//! One step as the blocks see it: the batch, the shared memory, and the three things most stages do, which are to
+//! prepare the activations of a projection, to add a projection to the residual stream, and to read ahead at a barrier.
+//! What a block adds is complete after the barrier that comes behind it in [`crate::backend`].
 //!
 //! Memory is shared by one rule: between two barriers an element is written by one worker, or read by any.
 
@@ -205,7 +206,7 @@ impl<'a> Step<'a> {
         }
     }
 
-    /// `x += projection . activations`.
+    /// `x += projection . activations`: complete after the next barrier.
     pub fn add(&self, w: &Worker, projection: &Projection, activations: &Activations) {
         let tile = self.tile(w);
         for_each_run(w, self.n_tokens, &[projection], |_, rows| {

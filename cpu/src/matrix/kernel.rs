@@ -140,7 +140,7 @@ pub(super) struct Scales<S: Simd> {
     pub min_d: S::F,
     /// `[16, LANES]`, or `[8, LANES]` where 32 columns share a scale.
     pub scales: [MaybeUninit<i8>; 16 * MAX_LANES],
-    /// Likewise.
+    /// Likewise, if there are any.
     pub mins: [MaybeUninit<i8>; 16 * MAX_LANES],
 }
 
@@ -152,8 +152,9 @@ impl<S: Simd> Scales<S> {
     }
 }
 
-/// A K-quant: `weight = d * scale * code + min_d * min`, with integer scales and minima of 16 or 32 columns each; it is
-/// multiplied with activations in blocks of 256, so that everything but `d` and `min_d` is summed in integers.
+/// A K-quant: `weight = d * scale * code + min_d * min`, or `d * scale * (code - ZERO)`, with integer scales and minima
+/// of 16 or 32 columns each; it is multiplied with activations in blocks of 256, so that everything but `d` and `min_d`
+/// is summed in integers.
 pub(super) trait SuperQuant {
     /// Bytes of a block of one row.
     const BLOCK_BYTES: usize;
@@ -161,7 +162,7 @@ pub(super) trait SuperQuant {
     const BITS: u32;
     /// Whether scales belong to 16 columns, not 32.
     const HALVES: bool;
-    /// The code of weight 0, where all blocks have the same: minima are the scales then, and `min_d` is not used.
+    /// The code of weight 0, where all blocks have the same: there are no minima then.
     const ZERO: Option<u8> = None;
 
     /// Decodes the scales of the packed block at `p`: all 16 (or 8) of both kinds.
@@ -258,7 +259,7 @@ const SUMS_AHEAD: usize = 4;
 unsafe fn prefetch_sums<S: Simd>(out: &OutRows, token: usize, panel: usize) {
     if S::LANES == 16 && !out.past_caches {
         // SAFETY: the panel's own line lies within the output; that of the later one need not be valid.
-        prefetch(unsafe { out.at(token, panel * S::LANES) }.wrapping_add(SUMS_AHEAD * S::LANES), 1);
+        prefetch(unsafe { out.at(token, panel * S::LANES) }.wrapping_add(SUMS_AHEAD * S::LANES));
     }
 }
 
@@ -469,12 +470,12 @@ unsafe fn dot_half<S: Simd, Q: SuperQuant>(
     }
 }
 
-/// Minima as 16-bit pairs: 8, or 4 where 32 columns share one.
+/// Minima, or the scales where there are none, as 16-bit pairs: 8, or 4 where 32 columns share one.
 #[inline(always)]
 pub(super) unsafe fn pairs<S: Simd, Q: SuperQuant>(scales: &Scales<S>) -> [S::V; 8] {
     // SAFETY: the caller has the instruction set and scales that `Q` decoded.
     unsafe {
-        let mins: *const i8 = scales.mins.as_ptr().cast();
+        let mins: *const i8 = if Q::ZERO.is_some() { &scales.scales } else { &scales.mins }.as_ptr().cast();
         let mut pairs = [S::splat_u8(0); 8];
         for i in 0..if Q::HALVES { 8 } else { 4 } {
             pairs[i] = S::pairs(mins.add(2 * i * S::LANES));

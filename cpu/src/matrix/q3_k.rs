@@ -27,7 +27,6 @@ impl SuperQuant for Q3K {
                 let high = S::shl16(S::and(S::shr16(high, 2 * i as u32), low2), 4);
                 let scales = S::sub_u8(S::or(low, high), bias);
                 S::store(s.scales.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), scales);
-                S::store(s.mins.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), scales);
             }
             s
         }

@@ -22,7 +22,6 @@ impl SuperQuant for Q6K {
             for i in 0..4 {
                 let v = S::load(p.add((2 + 4 * i) * S::LANES));
                 S::store(s.scales.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), v);
-                S::store(s.mins.as_mut_ptr().cast::<u8>().add(4 * i * S::LANES), v);
             }
             s
         }

@@ -150,7 +150,9 @@ fn products_match_the_exact_decode() {
             }
             check(ty, isa, 67, 1024, 1);
             check(ty, isa, 67, 3584, 13);
-            check(ty, isa, 17, 3584, 353); // more than share decoded weights
+            // More than share decoded weights: one panel at a time, and pairs with one behind.
+            check(ty, isa, 17, 3584, 353);
+            check(ty, isa, 67, 2 * block.max(32), 353);
         }
     }
 }
