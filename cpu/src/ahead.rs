@@ -7,6 +7,8 @@ use std::ops::Range;
 /// What one worker reads ahead at most: a half or a quarter of the second-level cache of today's processors; where that
 /// is smaller, the rest lies in the third. Nothing where there is no instruction for it.
 pub const MAX_BYTES: usize = if cfg!(target_arch = "x86_64") { 512 << 10 } else { 0 };
+/// The part of these bytes that takes about ten microseconds to come where all cores read: a divisor.
+const BRIEF: usize = 4;
 /// Bytes between two looks at whether the wait is over.
 const STRIDE: usize = 4096;
 
@@ -20,6 +22,11 @@ impl<'a> Ahead<'a> {
     /// Until `is_over`.
     pub fn until(is_over: &'a dyn Fn() -> bool) -> Self {
         Self { left: MAX_BYTES, is_over }
+    }
+
+    /// Until `is_over`, and no longer than about ten microseconds: who is awaited for longer may need this core.
+    pub fn briefly_until(is_over: &'a dyn Fn() -> bool) -> Self {
+        Self { left: MAX_BYTES / BRIEF, is_over }
     }
 
     /// Asks for `rows` (whole panels, the last one maybe cut) of `matrix`; `false`: it is time to stop.

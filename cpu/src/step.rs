@@ -201,7 +201,7 @@ impl<'a> Step<'a> {
     /// multiply first in the next stage.
     pub fn barrier_reading(&self, w: &Worker, first: impl FnOnce(&mut Ahead)) {
         match self.n_tokens {
-            1 => w.barrier_while(|is_over| first(&mut Ahead::until(is_over))),
+            1 => w.barrier_while(|is_over| first(&mut Ahead::briefly_until(is_over))),
             _ => w.barrier(),
         }
     }
