@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tandem_spec::{Batch, Block, Linear, Model, Panels, StateBytes, TensorSource, Weight};
 
@@ -290,8 +290,14 @@ impl Backend {
     pub fn read_weights(&self, draw: usize) -> usize {
         let all = self.blocks.iter().flatten().flat_map(|block| block.projections(draw));
         let parts: Vec<&[u8]> = all.flat_map(|p| p.matrix.row_bytes(0..p.n_out()).chunks(READ_BYTES)).collect();
-        self.pool.run(|w| w.pieces(parts.len()).for_each(|i| read(self.isa, parts[i])));
-        parts.iter().map(|part| part.len()).sum()
+        let bytes = AtomicUsize::new(0);
+        self.pool.run(|w| {
+            for i in w.pieces(parts.len()) {
+                read(self.isa, parts[i]);
+                bytes.fetch_add(parts[i].len(), Ordering::Relaxed);
+            }
+        });
+        bytes.into_inner()
     }
 
     /// Instruction set in use.

@@ -3,7 +3,7 @@
 use crate::ahead::Ahead;
 use crate::norm::{rms_norm, silu_mul};
 use crate::pool::Worker;
-use crate::projection::{Cut, Projection, own_rows, read_ahead, share_rows, vector};
+use crate::projection::{Cut, Projection, own_rows, read_ahead, vector};
 use crate::step::Step;
 use crate::{Activations, Error, Isa};
 use std::ops::Range;
@@ -73,9 +73,10 @@ impl FfnBlock {
 
     /// Reads ahead what this worker will multiply first.
     pub fn read_ahead(&self, w: &Worker, ahead: &mut Ahead) {
-        let [gate, up, down] = [&self.ffn_gate, &self.ffn_up, &self.ffn_down].map(|p| &p.matrix);
-        let _ = own_rows(w, self.shape.n_ff).all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows))
-            && ahead.rows(down, share_rows(w, w.index, self.shape.n_embd));
+        let (gate, up) = (&self.ffn_gate.matrix, &self.ffn_up.matrix);
+        if own_rows(w, self.shape.n_ff).all(|rows| ahead.rows(gate, rows.clone()) && ahead.rows(up, rows)) {
+            read_ahead(w, &[&self.ffn_down], ahead);
+        }
     }
 
     /// Adds the block to the residual stream.
